@@ -1,0 +1,1 @@
+//! Reference models and the machine model that the tests and fuzz targets run on.
