@@ -1,2 +1,51 @@
-//! Everything a person runs.
-fn main() {}
+//! Everything a person runs: `cargo xtask test`, `cargo xtask qemu-test`, and their smaller relatives.
+//!
+//! One file per command (`test.rs`, `qemu_test.rs`, ...), each with its clap `Args` and a `run(&Ctx, Args)`.
+//! `stages.rs` is the list of what `test` does, `setup.rs` installs what a command needs, `ctx.rs` holds what all share.
+
+mod ctx;
+mod setup;
+mod stages;
+mod test;
+
+use clap::{Parser, Subcommand};
+use ctx::{Ctx, Result};
+use std::process::ExitCode;
+
+/// Builds, checks and runs everything in this repository.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 120)]
+struct Cli {
+    /// Never install anything: a missing tool is an error that names the command to run
+    #[arg(long, global = true)]
+    no_install: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run every check: format, lints, tests, documentation, emulated machines
+    Test(test::Args),
+}
+
+fn run(cli: Cli) -> Result<()> {
+    let ctx = Ctx::new(cli.no_install)?;
+    match cli.command {
+        Command::Test(args) => test::run(&ctx, args),
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // `test` has already printed its verdict as the last line; an empty error adds nothing to it.
+            let text = error.to_string();
+            if !text.is_empty() {
+                eprintln!("error: {text}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
