@@ -8,4 +8,5 @@
 #![deny(missing_docs)]
 
 pub mod addr;
+pub mod client;
 pub mod memory;
