@@ -9,4 +9,8 @@
 
 pub mod addr;
 pub mod client;
+pub mod hypercall;
 pub mod memory;
+pub mod vp_index;
+
+pub use tlfs_abi;
