@@ -1,4 +1,5 @@
 //! The intake: conventions, order of checks, the decisions on bad input, and the registers that calls may change.
+#![allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::unwrap_used)]
 
 mod hypercall_support;
 

@@ -1,4 +1,5 @@
 //! The VP-index map: any assignment, unknown indexes, races with VPs that come online.
+#![allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::unwrap_used)]
 
 use hvcore::vp_index::*;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};

@@ -111,8 +111,8 @@ pub const CALLER32: Caller = Caller { mode: CallerMode { width: Width::Bits32, p
 /// Registers of a call by `width` with `input`, and the register block filled from `block`.
 pub fn registers(width: Width, input: u64, block: &[u64]) -> Regs {
     let word = |i: usize| block.get(i).copied().unwrap_or(0xDEAD_0000 + i as u64);
-    let mut r = Regs::default();
-    r.gpr = [0x1111_0000_0001, 0x2222_0000_0001, 0x3333_0000_0001, 4, 0x5555_0000_0001, 0x6666_0000_0001, 7];
+    let gpr = [0x1111_0000_0001, 0x2222_0000_0001, 0x3333_0000_0001, 4, 0x5555_0000_0001, 0x6666_0000_0001, 7];
+    let mut r = Regs { gpr, ..Regs::default() };
     let mut set = |g: Gpr, v: u64| r.gpr[g as usize] = v;
     match width {
         Width::Bits64 => {
