@@ -2,3 +2,6 @@
 #![no_std]
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
+
+pub mod exit_code;
+pub mod vmcb;
