@@ -14,3 +14,4 @@ pub mod memory;
 pub mod vp_index;
 
 pub use tlfs_abi;
+pub mod shadow;
