@@ -5,3 +5,4 @@
 
 pub mod exit_code;
 pub mod vmcb;
+pub mod npt;
