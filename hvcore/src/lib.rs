@@ -11,7 +11,7 @@ pub mod addr;
 pub mod client;
 pub mod hypercall;
 pub mod memory;
+pub mod shadow;
 pub mod vp_index;
 
 pub use tlfs_abi;
-pub mod shadow;

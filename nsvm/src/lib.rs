@@ -4,5 +4,5 @@
 #![deny(missing_docs)]
 
 pub mod exit_code;
-pub mod vmcb;
 pub mod npt;
+pub mod vmcb;
