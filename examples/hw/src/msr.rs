@@ -1,0 +1,51 @@
+//! Model-specific registers.
+
+use core::arch::asm;
+
+/// Local APIC base and mode.
+pub const APIC_BASE: u32 = 0x1b;
+/// Page attribute table.
+pub const PAT: u32 = 0x277;
+/// x2APIC interrupt command register.
+pub const X2APIC_ICR: u32 = 0x830;
+/// Extended feature enables.
+pub const EFER: u32 = 0xc000_0080;
+/// SVM control: bit 4 SVMDIS, bit 3 LOCK.
+pub const VM_CR: u32 = 0xc001_0114;
+/// Physical address of the host state-save area.
+pub const VM_HSAVE_PA: u32 = 0xc001_0117;
+
+/// EFER: system call extensions.
+pub const EFER_SCE: u64 = 1;
+/// EFER: long mode enable.
+pub const EFER_LME: u64 = 1 << 8;
+/// EFER: long mode active.
+pub const EFER_LMA: u64 = 1 << 10;
+/// EFER: no-execute enable.
+pub const EFER_NXE: u64 = 1 << 11;
+/// EFER: secure virtual machine enable.
+pub const EFER_SVME: u64 = 1 << 12;
+
+/// Reads `msr`.
+///
+/// # Safety
+/// The processor has this MSR; otherwise the instruction faults.
+#[inline]
+pub unsafe fn rdmsr(msr: u32) -> u64 {
+    let (lo, hi): (u32, u32);
+    // SAFETY: the caller vouches for the MSR; RDMSR touches no memory.
+    unsafe { asm!("rdmsr", in("ecx") msr, out("eax") lo, out("edx") hi, options(nomem, nostack, preserves_flags)) };
+    u64::from(hi) << 32 | u64::from(lo)
+}
+
+/// Writes `msr`.
+///
+/// # Safety
+/// The processor has this MSR and takes this value, and the program can live with its effect.
+#[inline]
+pub unsafe fn wrmsr(msr: u32, value: u64) {
+    // SAFETY: the caller vouches for the MSR, the value and the effect.
+    unsafe {
+        asm!("wrmsr", in("ecx") msr, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nostack, preserves_flags))
+    };
+}

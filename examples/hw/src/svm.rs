@@ -1,0 +1,201 @@
+//! SVM instructions and the world switch (APM volume 2, chapter 15).
+
+use core::arch::{asm, naked_asm};
+use core::mem::offset_of;
+
+use crate::{cpu, msr};
+
+/// The general-purpose registers that a VMCB does not hold. RAX and RSP are in the VMCB; their slots here are kept in
+/// step by whoever wants a whole register file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Gprs {
+    /// RAX: not touched by [`run`].
+    pub rax: u64,
+    pub rcx: u64,
+    pub rdx: u64,
+    pub rbx: u64,
+    /// RSP: not touched by [`run`].
+    pub rsp: u64,
+    pub rbp: u64,
+    pub rsi: u64,
+    pub rdi: u64,
+    pub r8: u64,
+    pub r9: u64,
+    pub r10: u64,
+    pub r11: u64,
+    pub r12: u64,
+    pub r13: u64,
+    pub r14: u64,
+    pub r15: u64,
+}
+
+/// Runs the guest of the VMCB at `vmcb` until its #VMEXIT.
+///
+/// Around it the state that VMRUN leaves alone is switched: `guest_state` and `host_state` are physical addresses of
+/// VMCBs for VMLOAD and VMSAVE (FS, GS, TR, LDTR, KernelGsBase, STAR, LSTAR, CSTAR, SFMASK, SYSENTER_*). On return the
+/// host's are loaded, so exceptions and, once GIF is set, NMIs find the host's TSS.
+///
+/// # Safety
+/// GIF is clear and EFER.SVME set. The three addresses are of pages that live on and are this processor's;
+/// the VMCB's guest is confined to memory that is not the program's. x87, SSE and AVX registers are the guest's
+/// before and after: the program does not use them.
+#[unsafe(naked)]
+pub unsafe extern "C" fn run(gprs: *mut Gprs, vmcb: u64, guest_state: u64, host_state: u64) {
+    naked_asm!(
+        "push rbp",
+        "push rbx",
+        "push r12",
+        "push r13",
+        "push r14",
+        "push r15",
+        "push rcx",
+        "push rdx",
+        "push rdi",
+        "mov rax, rdx",
+        "vmload rax",
+        "mov rax, rsi",
+        "mov rcx, [rdi + {rcx}]",
+        "mov rdx, [rdi + {rdx}]",
+        "mov rbx, [rdi + {rbx}]",
+        "mov rbp, [rdi + {rbp}]",
+        "mov rsi, [rdi + {rsi}]",
+        "mov r8, [rdi + {r8}]",
+        "mov r9, [rdi + {r9}]",
+        "mov r10, [rdi + {r10}]",
+        "mov r11, [rdi + {r11}]",
+        "mov r12, [rdi + {r12}]",
+        "mov r13, [rdi + {r13}]",
+        "mov r14, [rdi + {r14}]",
+        "mov r15, [rdi + {r15}]",
+        "mov rdi, [rdi + {rdi}]",
+        "vmrun rax",
+        // RAX and RSP are the host's again; all else is the guest's.
+        "mov rax, [rsp]",
+        "mov [rax + {rcx}], rcx",
+        "mov [rax + {rdx}], rdx",
+        "mov [rax + {rbx}], rbx",
+        "mov [rax + {rbp}], rbp",
+        "mov [rax + {rsi}], rsi",
+        "mov [rax + {rdi}], rdi",
+        "mov [rax + {r8}], r8",
+        "mov [rax + {r9}], r9",
+        "mov [rax + {r10}], r10",
+        "mov [rax + {r11}], r11",
+        "mov [rax + {r12}], r12",
+        "mov [rax + {r13}], r13",
+        "mov [rax + {r14}], r14",
+        "mov [rax + {r15}], r15",
+        "mov rax, [rsp + 8]",
+        "vmsave rax",
+        "mov rax, [rsp + 16]",
+        "vmload rax",
+        "add rsp, 24",
+        "pop r15",
+        "pop r14",
+        "pop r13",
+        "pop r12",
+        "pop rbx",
+        "pop rbp",
+        "cld",
+        "ret",
+        rcx = const offset_of!(Gprs, rcx),
+        rdx = const offset_of!(Gprs, rdx),
+        rbx = const offset_of!(Gprs, rbx),
+        rbp = const offset_of!(Gprs, rbp),
+        rsi = const offset_of!(Gprs, rsi),
+        rdi = const offset_of!(Gprs, rdi),
+        r8 = const offset_of!(Gprs, r8),
+        r9 = const offset_of!(Gprs, r9),
+        r10 = const offset_of!(Gprs, r10),
+        r11 = const offset_of!(Gprs, r11),
+        r12 = const offset_of!(Gprs, r12),
+        r13 = const offset_of!(Gprs, r13),
+        r14 = const offset_of!(Gprs, r14),
+        r15 = const offset_of!(Gprs, r15),
+    )
+}
+
+/// What the processor offers of SVM: CPUID leaf 0x8000_000A, or `None` without SVM (0x8000_0001 ECX bit 2).
+pub fn capabilities() -> Option<cpu::CpuidResult> {
+    if cpu::cpuid(0x8000_0000, 0).eax < 0x8000_000a || cpu::cpuid(0x8000_0001, 0).ecx & 1 << 2 == 0 {
+        return None;
+    }
+    Some(cpu::cpuid(0x8000_000a, 0))
+}
+
+/// Sets EFER.SVME and the host save area of this processor. `false` when VM_CR.SVMDIS forbids it.
+///
+/// # Safety
+/// [`capabilities`] is `Some`; the 4 KiB page at physical address `host_save` is the processor's from now on.
+pub unsafe fn enable(host_save: u64) -> bool {
+    // SAFETY: SVM processors have these MSRs; the page is the caller's gift.
+    unsafe {
+        if msr::rdmsr(msr::VM_CR) & 1 << 4 != 0 {
+            return false;
+        }
+        msr::wrmsr(msr::EFER, msr::rdmsr(msr::EFER) | msr::EFER_SVME);
+        msr::wrmsr(msr::VM_HSAVE_PA, host_save);
+    }
+    true
+}
+
+/// VMSAVE to the VMCB at physical address `vmcb`.
+///
+/// # Safety
+/// EFER.SVME is set and the page is the caller's to write.
+#[inline]
+pub unsafe fn vmsave(vmcb: u64) {
+    // SAFETY: the caller vouches for the page.
+    unsafe { asm!("vmsave rax", in("rax") vmcb, options(nostack, preserves_flags)) };
+}
+
+/// VMLOAD from the VMCB at physical address `vmcb`.
+///
+/// # Safety
+/// EFER.SVME is set and the page holds state that the program can run with.
+#[inline]
+pub unsafe fn vmload(vmcb: u64) {
+    // SAFETY: the caller vouches for the state.
+    unsafe { asm!("vmload rax", in("rax") vmcb, options(nostack, preserves_flags)) };
+}
+
+/// CLGI: holds interrupts, NMIs, SMIs and INITs.
+///
+/// # Safety
+/// EFER.SVME is set.
+#[inline]
+pub unsafe fn clgi() {
+    // SAFETY: holding events harms nothing that the caller did not ask for.
+    unsafe { asm!("clgi", options(nostack, preserves_flags)) };
+}
+
+/// STGI, one NOP for held events to arrive, CLGI.
+///
+/// # Safety
+/// EFER.SVME is set; interrupt table, TSS and stacks are the program's, so that an NMI can be taken here.
+#[inline]
+pub unsafe fn take_held_events() {
+    // SAFETY: the caller vouches for the interrupt table.
+    unsafe { asm!("stgi", "nop", "clgi", options(nostack)) };
+}
+
+/// INVLPGA: drops the translation of `address` tagged with `asid`.
+///
+/// # Safety
+/// EFER.SVME is set. Dropping a translation is harmless.
+#[inline]
+pub unsafe fn invlpga(address: u64, asid: u32) {
+    // SAFETY: only cached translations are dropped.
+    unsafe { asm!("invlpga rax, ecx", in("rax") address, in("ecx") asid, options(nostack, preserves_flags)) };
+}
+
+/// STGI: lets held interrupts, NMIs, SMIs and INITs in.
+///
+/// # Safety
+/// EFER.SVME is set; an interrupt table is loaded that can take what was held.
+#[inline]
+pub unsafe fn stgi() {
+    // SAFETY: the caller vouches for the interrupt table.
+    unsafe { asm!("stgi", options(nostack)) };
+}

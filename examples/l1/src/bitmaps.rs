@@ -1,0 +1,57 @@
+//! The permission maps of this hypervisor: MSRs and I/O ports. One of each per processor would be legal too; scenarios
+//! that use them run on one processor.
+
+use crate::Global;
+
+/// MSR permission map: 8 KiB, two bits an MSR, three ranges of 8,192 MSRs (APM 15.11).
+#[repr(C, align(4096))]
+pub struct Msrpm([u8; 8192]);
+
+/// I/O permission map: 12 KiB, one bit a port.
+#[repr(C, align(4096))]
+pub struct Iopm([u8; 12288]);
+
+static MSRPM: Global<Msrpm> = Global::new(Msrpm([0; 8192]));
+static IOPM: Global<Iopm> = Global::new(Iopm([0; 12288]));
+
+pub fn msrpm() -> &'static mut Msrpm {
+    MSRPM.get()
+}
+
+pub fn iopm() -> &'static mut Iopm {
+    IOPM.get()
+}
+
+impl Msrpm {
+    pub fn clear(&mut self) {
+        self.0 = [0; 8192];
+    }
+
+    pub fn intercept(&mut self, msr: u32, read: bool, write: bool) {
+        let (range, first) = match msr {
+            0..=0x1FFF => (0, 0),
+            0xC000_0000..=0xC000_1FFF => (1, 0xC000_0000),
+            _ => (2, 0xC001_0000),
+        };
+        let bit = range * 0x4000 + (msr - first) as usize * 2;
+        self.0[bit / 8] |= (u8::from(read) | u8::from(write) << 1) << (bit % 8);
+    }
+
+    pub fn address(&self) -> u64 {
+        (&raw const *self) as u64
+    }
+}
+
+impl Iopm {
+    pub fn clear(&mut self) {
+        self.0 = [0; 12288];
+    }
+
+    pub fn intercept(&mut self, port: u16) {
+        self.0[usize::from(port) / 8] |= 1 << (port % 8);
+    }
+
+    pub fn address(&self) -> u64 {
+        (&raw const *self) as u64
+    }
+}

@@ -1,0 +1,89 @@
+//! A small hypervisor for AMD-V: L1 when the L0 hypervisor runs it, an ordinary hypervisor on bare hardware.
+//!
+//! The kernel command line says what it does: `scenario=NAME` runs one scenario, nothing or `scenario=all` runs them
+//! all, `bench` measures. It prints a line for each scenario and ends the machine with the verdict.
+#![cfg_attr(freestanding, no_std, no_main)]
+
+mod bitmaps;
+mod global;
+mod guest;
+#[allow(dead_code, reason = "as the VMCB")]
+mod npt;
+mod scenarios;
+#[allow(dead_code, reason = "a table of the architecture: scenarios use what they need of it")]
+mod vmcb;
+
+use core::fmt;
+use global::Global;
+use guest::Guest;
+use rt::{BootInfo, ExitCode};
+use scenarios::SCENARIOS;
+
+rt::entry!(run);
+
+/// A check that did not hold.
+#[derive(Clone, Copy, Debug)]
+pub struct Failure {
+    what: &'static str,
+    seen: u64,
+    wanted: u64,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {:#x}, wanted {:#x}", self.what, self.seen, self.wanted)
+    }
+}
+
+/// Demands that `seen` is `wanted`.
+pub fn check(what: &'static str, seen: u64, wanted: u64) -> Result<(), Failure> {
+    if seen == wanted { Ok(()) } else { Err(Failure { what, seen, wanted }) }
+}
+
+/// Page frames for tables and test pages.
+pub mod frames {
+    /// A zeroed page's address, physical and virtual.
+    pub fn page() -> u64 {
+        match rt::frames::allocate(4096, 4096) {
+            Some(page) => page as u64,
+            None => panic!("no page frame is left"),
+        }
+    }
+}
+
+static GUEST: Global<Guest> = Global::new(Guest::new());
+
+/// The guest of the boot processor; a scenario sets it up anew.
+pub fn cpu_guest() -> &'static mut Guest {
+    GUEST.get()
+}
+
+fn run(boot: &'static BootInfo) -> ExitCode {
+    if hw::svm::capabilities().is_none() {
+        rt::println!("no SVM on this processor");
+        return ExitCode::Failure;
+    }
+    // SAFETY: SVM is there, and the page frame is given away.
+    if !unsafe { hw::svm::enable(frames::page()) } {
+        rt::println!("SVM is disabled in VM_CR");
+        return ExitCode::Failure;
+    }
+    // SAFETY: long mode processors have NX; nested tables use it, and EFER.NXE of the host decides whether they may.
+    unsafe { hw::msr::wrmsr(hw::msr::EFER, hw::msr::rdmsr(hw::msr::EFER) | hw::msr::EFER_NXE) };
+    let wanted = boot.argument("scenario").unwrap_or("all");
+    let (mut passed, mut failed) = (0, 0);
+    for scenario in SCENARIOS.iter().filter(|s| wanted == "all" || s.name == wanted) {
+        match (scenario.run)() {
+            Ok(()) => {
+                passed += 1;
+                rt::println!("PASS {}", scenario.name);
+            }
+            Err(failure) => {
+                failed += 1;
+                rt::println!("FAIL {}: {failure}", scenario.name);
+            }
+        }
+    }
+    rt::println!("{passed} passed, {failed} failed");
+    if failed == 0 && passed > 0 { ExitCode::Success } else { ExitCode::Failure }
+}
