@@ -4,6 +4,10 @@
 //! `stages.rs` is the list of what `test` does, `setup.rs` installs what a command needs, `ctx.rs` holds what all share.
 
 mod ctx;
+mod images;
+mod machine;
+mod qemu_test;
+mod scenarios;
 mod setup;
 mod stages;
 mod test;
@@ -27,12 +31,15 @@ struct Cli {
 enum Command {
     /// Run every check: format, lints, tests, documentation, emulated machines
     Test(test::Args),
+    /// Boot bare-metal images on emulated machines and check what they report
+    QemuTest(qemu_test::Args),
 }
 
 fn run(cli: Cli) -> Result<()> {
     let ctx = Ctx::new(cli.no_install)?;
     match cli.command {
         Command::Test(args) => test::run(&ctx, args),
+        Command::QemuTest(args) => qemu_test::run(&ctx, args),
     }
 }
 

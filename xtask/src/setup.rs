@@ -36,7 +36,11 @@ pub const BOCHS: &[Tool] = &[
     Tool { name: "Bochs", probe: "bochs", packages: &["bochs"] },
     Tool { name: "Bochs's BIOS", probe: "/usr/share/bochs/BIOS-bochs-latest", packages: &["bochsbios"] },
     Tool { name: "Bochs's VGA BIOS", probe: "/usr/share/bochs/VGABIOS-lgpl-latest", packages: &["vgabios"] },
-    Tool { name: "Bochs's terminal display", probe: "/usr/lib/bochs/plugins/libbx_term.so", packages: &["bochs-term"] },
+    Tool {
+        name: "Bochs's terminal display",
+        probe: "/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so",
+        packages: &["bochs-term"],
+    },
 ];
 
 /// Making a bootable disk for Bochs.

@@ -4,7 +4,8 @@
 //! command (a short fuzz run, the emulated machines) is a function in that command's file, named here.
 
 use crate::ctx::{Ctx, Log, Result};
-use crate::setup;
+use crate::images::{self, Freestanding, Target};
+use crate::{qemu_test, setup};
 use std::time::Duration;
 use xshell::cmd;
 
@@ -40,6 +41,8 @@ pub const STAGES: &[Stage] = &[
     Stage { name: "host-tests", budget: minutes(6), run: host_tests },
     Stage { name: "doc-tests", budget: minutes(2), run: doc_tests },
     Stage { name: "doc", budget: minutes(2), run: doc },
+    Stage { name: "qemu-test", budget: minutes(15), run: qemu_tests },
+    Stage { name: "qemu-test-host", budget: minutes(2), run: qemu_tests_on_the_host_target },
 ];
 
 fn fmt(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
@@ -57,6 +60,11 @@ fn clippy(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
     }
     let sh = &ctx.sh;
     log.run(cmd!(sh, "cargo clippy --workspace --all-targets -- -D warnings"))?;
+    let target = images::choose(ctx, Freestanding::Auto)?;
+    images::clippy(ctx, log, target)?;
+    if target != Target::Host {
+        images::clippy(ctx, log, Target::Host)?;
+    }
     Ok(Outcome::Passed)
 }
 
@@ -80,4 +88,13 @@ fn doc(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
     let sh = &ctx.sh;
     log.run(cmd!(sh, "cargo doc --workspace --no-deps").env("RUSTDOCFLAGS", "-D warnings"))?;
     Ok(Outcome::Passed)
+}
+
+fn qemu_tests(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
+    qemu_test::stage(ctx, log, Freestanding::Auto).map(Outcome::PassedWith)
+}
+
+/// The images built for the fallback target, which nothing else would run where the bare-metal target is there.
+fn qemu_tests_on_the_host_target(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
+    qemu_test::stage(ctx, log, Freestanding::Host).map(Outcome::PassedWith)
 }

@@ -1,0 +1,203 @@
+//! Runs an image on an emulated machine, for a limited time, and collects what it printed.
+
+use crate::ctx::Result;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How QEMU executes guest code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Accel {
+    /// KVM where it works, else emulation
+    Auto,
+    /// Emulation: the same on every machine
+    Tcg,
+    /// The host's own virtualization
+    Kvm,
+}
+
+/// A module as the machines take it: a file and its command line.
+pub struct Loaded {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its command line.
+    pub args: String,
+}
+
+/// A machine to run and what to run on it.
+pub struct Run<'a> {
+    /// The image.
+    pub image: &'a Path,
+    /// The image's command line.
+    pub args: &'a str,
+    /// Files beside it.
+    pub modules: &'a [Loaded],
+    /// The emulated processor.
+    pub cpu: &'a str,
+    /// Number of processors.
+    pub cpus: u32,
+    /// Time limit.
+    pub timeout: Duration,
+    /// An empty directory for the run's files.
+    pub directory: &'a Path,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub struct Ended {
+    /// What the image printed.
+    pub output: String,
+    /// What the emulator said.
+    pub emulator: String,
+    /// Whether the run was cut off.
+    pub timed_out: bool,
+    /// How long it took.
+    pub time: Duration,
+}
+
+impl Ended {
+    /// The code of the last `[exit N]` line.
+    pub fn exit(&self) -> Option<u32> {
+        self.output.lines().rev().find_map(|l| l.trim().strip_prefix("[exit ")?.strip_suffix(']')?.parse().ok())
+    }
+
+    /// A number of the line `stats: exits=N l0_instructions=N`, when the image printed one.
+    pub fn stat(&self, name: &str) -> Option<u64> {
+        let line = self.output.lines().rev().find_map(|l| l.trim().strip_prefix("stats: "))?;
+        line.split_ascii_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
+    }
+}
+
+/// Boots the image with QEMU's own multiboot loader.
+pub fn qemu(run: &Run<'_>, accel: Accel) -> Result<Ended> {
+    let mut command = Command::new("qemu-system-x86_64");
+    let accels: &[&str] = match accel {
+        Accel::Auto => &["kvm", "tcg,thread=multi"],
+        Accel::Tcg => &["tcg,thread=multi"],
+        Accel::Kvm => &["kvm"],
+    };
+    for accel in accels {
+        command.args(["-accel", accel]);
+    }
+    command.args(["-cpu", run.cpu, "-smp", &run.cpus.to_string(), "-m", "256"]);
+    command.args(["-no-reboot", "-nodefaults", "-display", "none", "-serial", "file:serial.txt"]);
+    command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4"]);
+    command.arg("-kernel").arg(run.image).args(["-append", run.args]);
+    if !run.modules.is_empty() {
+        // A comma inside a name is written twice.
+        let names = run.modules.iter().map(|m| format!("{} {}", m.path.display(), m.args).replace(',', ",,"));
+        command.args(["-initrd", &names.collect::<Vec<_>>().join(",")]);
+    }
+    let (emulator, timed_out, time) = limited(&mut command, run)?;
+    Ok(Ended { output: read(&run.directory.join("serial.txt")), emulator, timed_out, time })
+}
+
+/// Boots the image on Bochs from a CD with GRUB.
+pub fn bochs(run: &Run<'_>) -> Result<Ended> {
+    make_cd(run)?;
+    let configuration = format!(
+        "config_interface: textconfig\n\
+         display_library: term\n\
+         plugin_ctrl: speaker=0, gameport=0, parallel=0\n\
+         memory: guest=256, host=256\n\
+         cpu: model={}, count={}, ips=4000000, reset_on_triple_fault=0\n\
+         clock: sync=none, time0=1700000000\n\
+         romimage: file=/usr/share/bochs/BIOS-bochs-latest, options=fastboot\n\
+         vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest\n\
+         ata0: enabled=1\n\
+         ata0-master: type=cdrom, path=cd.iso, status=inserted\n\
+         boot: cdrom\n\
+         com1: enabled=1, mode=file, dev=serial.txt\n\
+         log: bochs.log\n\
+         panic: action=fatal\n\
+         error: action=report\n\
+         info: action=report\n\
+         debug: action=ignore\n",
+        run.cpu, run.cpus
+    );
+    fs::write(run.directory.join("bochsrc"), configuration)?;
+    // Debian's Bochs has the debugger, which waits for this word.
+    fs::write(run.directory.join("continue"), "c\n")?;
+    let mut command = Command::new("bochs");
+    command.args(["-q", "-f", "bochsrc", "-rc", "continue"]).env("TERM", "dumb");
+    let (_, timed_out, time) = limited(&mut command, run)?;
+    let emulator = read(&run.directory.join("bochs.log"));
+    Ok(Ended { output: read(&run.directory.join("serial.txt")), emulator, timed_out, time })
+}
+
+fn make_cd(run: &Run<'_>) -> Result<()> {
+    let boot = run.directory.join("cd/boot");
+    fs::create_dir_all(boot.join("grub"))?;
+    fs::copy(run.image, boot.join("image"))?;
+    let mut menu = format!("set timeout=0\nmenuentry image {{\n  multiboot /boot/image {}\n", run.args);
+    for (i, module) in run.modules.iter().enumerate() {
+        fs::copy(&module.path, boot.join(format!("module{i}")))?;
+        menu += &format!("  module /boot/module{i} {}\n", module.args);
+    }
+    fs::write(boot.join("grub/grub.cfg"), menu + "}\n")?;
+    let out = Command::new("grub-mkrescue")
+        .args(["-d", "/usr/lib/grub/i386-pc", "--compress=no", "-o", "cd.iso", "cd"])
+        .current_dir(run.directory)
+        .output()
+        .map_err(|e| format!("cannot run grub-mkrescue: {e}"))?;
+    if out.status.success() {
+        return Ok(());
+    }
+    Err(format!("grub-mkrescue failed: {}", String::from_utf8_lossy(&out.stderr).trim()).into())
+}
+
+/// Runs the emulator in its directory, killing it at the time limit.
+fn limited(command: &mut Command, run: &Run<'_>) -> Result<(String, bool, Duration)> {
+    let log = run.directory.join("emulator.txt");
+    let file = File::create(&log)?;
+    let name = command.get_program().to_string_lossy().into_owned();
+    let start = Instant::now();
+    let mut child = command
+        .current_dir(run.directory)
+        .stdin(Stdio::null())
+        .stdout(file.try_clone()?)
+        .stderr(file)
+        .spawn()
+        .map_err(|e| format!("cannot run {name}: {e}"))?;
+    let timed_out = loop {
+        if child.try_wait()?.is_some() {
+            break false;
+        }
+        if start.elapsed() > run.timeout {
+            // SIGKILL: Bochs does not end at SIGTERM.
+            child.kill()?;
+            child.wait()?;
+            break true;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    Ok((read(&log), timed_out, start.elapsed()))
+}
+
+fn read(path: &Path) -> String {
+    fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ended(output: &str) -> Ended {
+        Ended { output: output.into(), emulator: String::new(), timed_out: false, time: Duration::ZERO }
+    }
+
+    #[test]
+    fn the_last_exit_line_counts_and_must_be_whole() {
+        assert_eq!(ended("[exit 17]\r\nx\n[exit 16]\r\n\r\n").exit(), Some(16));
+        assert_eq!(ended("[exit 16\n").exit(), None);
+        assert_eq!(ended("say [exit 16]\n").exit(), None);
+    }
+
+    #[test]
+    fn stats_are_found_by_name() {
+        let e = ended("stats: exits=12 l0_instructions=3456\n[exit 16]\n");
+        assert_eq!((e.stat("exits"), e.stat("l0_instructions"), e.stat("exit")), (Some(12), Some(3456), None));
+        assert_eq!(ended("exits=12\n").stat("exits"), None);
+    }
+}

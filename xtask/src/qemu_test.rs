@@ -1,0 +1,250 @@
+//! `cargo xtask qemu-test`: builds the images, runs the scenarios on emulated machines, prints a table.
+
+use crate::ctx::{Ctx, Log, Result};
+use crate::images::{self, Freestanding, Images};
+use crate::machine::{self, Accel, Ended, Loaded, Run};
+use crate::scenarios::{Content, Expect, Machine, SCENARIOS, Scenario};
+use crate::setup;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Options of `cargo xtask qemu-test`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Print the scenarios and what they run on, and run nothing
+    #[arg(long)]
+    list: bool,
+    /// Run this scenario alone (may be repeated)
+    #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(SCENARIOS.iter().map(|s| s.name)))]
+    scenario: Vec<String>,
+    /// Write one JSON object per run to FILE
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Seconds that a run may take, instead of the scenario's own limit
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// How QEMU executes guest code
+    #[arg(long, value_enum, default_value = "tcg")]
+    accel: Accel,
+    /// Processors, instead of the scenario's own number
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16))]
+    smp: Option<u32>,
+    /// Which compiler target makes the images
+    #[arg(long, value_enum, default_value = "auto")]
+    freestanding: Freestanding,
+}
+
+/// Runs the chosen scenarios; fails when one of them fails.
+pub fn run(ctx: &Ctx, args: Args) -> Result<()> {
+    if args.list {
+        for s in SCENARIOS {
+            println!("{:<24} {:<20} {:>2} cpus  {} {}", s.name, s.machine.cpu(), s.cpus, s.image, s.args);
+        }
+        return Ok(());
+    }
+    let chosen = |s: &&Scenario| args.scenario.is_empty() || args.scenario.iter().any(|name| name == s.name);
+    let options = Options { accel: args.accel, timeout: args.timeout, smp: args.smp, freestanding: args.freestanding };
+    let mut log = Log::create(ctx, "qemu-test")?;
+    let results = run_scenarios(ctx, &mut log, &options, SCENARIOS.iter().filter(chosen), |line| println!("{line}"));
+    let results = results.map_err(|e| format!("{e} (details: {})", log.path().display()))?;
+    if let Some(path) = &args.report {
+        write_report(path, &results)?;
+    }
+    let failed = results.iter().filter(|r| r.failure.is_some()).count();
+    println!("{} passed, {failed} failed", results.len() - failed);
+    if failed == 0 { Ok(()) } else { Err("".into()) }
+}
+
+/// How scenarios are run.
+pub struct Options {
+    accel: Accel,
+    timeout: Option<u64>,
+    smp: Option<u32>,
+    freestanding: Freestanding,
+}
+
+/// One run's result.
+pub struct RunResult {
+    scenario: &'static Scenario,
+    seconds: f64,
+    exits: Option<u64>,
+    l0_instructions: Option<u64>,
+    failure: Option<String>,
+}
+
+/// For a stage of `cargo xtask test`: everything, or what the runtime itself needs, with the table in the log.
+pub fn stage(ctx: &Ctx, log: &mut Log, freestanding: Freestanding) -> Result<String> {
+    let options = Options { accel: Accel::Tcg, timeout: None, smp: None, freestanding };
+    // The second target shows that the runtime works there: the nested scenarios need not run twice.
+    let chosen = SCENARIOS.iter().filter(|s| freestanding != Freestanding::Host || s.image == "selftest");
+    let mut lines = Vec::new();
+    let results = run_scenarios(ctx, log, &options, chosen, |line| lines.push(line.to_string()))?;
+    for line in &lines {
+        log.line(line)?;
+    }
+    let failed = results.iter().filter(|r| r.failure.is_some()).count();
+    match failed {
+        0 => Ok(format!("{} runs", results.len())),
+        _ => Err(format!("{failed} of {} runs failed", results.len()).into()),
+    }
+}
+
+fn run_scenarios(
+    ctx: &Ctx,
+    log: &mut Log,
+    options: &Options,
+    chosen: impl Iterator<Item = &'static Scenario> + Clone,
+    mut show: impl FnMut(&str),
+) -> Result<Vec<RunResult>> {
+    if chosen.clone().any(|s| matches!(s.machine, Machine::Qemu(_))) {
+        setup::need(ctx, setup::QEMU)?;
+    }
+    if chosen.clone().any(|s| matches!(s.machine, Machine::Bochs(_))) {
+        setup::need(ctx, setup::BOCHS)?;
+        setup::need(ctx, setup::GRUB)?;
+    }
+    let target = images::choose(ctx, options.freestanding)?;
+    let images = images::build(ctx, log, target)?;
+    show(&format!("images for {:?}", images.target));
+    show(&format!("{:<24} {:<20} {:<8} {:>8}", "scenario", "cpu", "result", "seconds"));
+    let mut results = Vec::new();
+    for scenario in chosen {
+        let result = run_one(ctx, options, &images, scenario)?;
+        let word = if result.failure.is_none() { "ok" } else { "FAILED" };
+        show(&format!("{:<24} {:<20} {word:<8} {:>8.2}", scenario.name, scenario.machine.cpu(), result.seconds));
+        if let Some(why) = &result.failure {
+            show(why);
+        }
+        results.push(result);
+    }
+    Ok(results)
+}
+
+fn run_one(ctx: &Ctx, options: &Options, images: &Images, scenario: &'static Scenario) -> Result<RunResult> {
+    let directory = ctx.work_dir(&format!("run/{}-{}", scenario.name, scenario.machine.cpu()))?;
+    // What an earlier run left could pass for output of this one.
+    fs::remove_dir_all(&directory)?;
+    fs::create_dir_all(&directory)?;
+    let cpus = options.smp.unwrap_or(scenario.cpus);
+    let args = if cpus > 1 { format!("{} cpus={cpus}", scenario.args) } else { scenario.args.to_string() };
+    let run = Run {
+        image: &images.path(scenario.image),
+        args: &args,
+        modules: &modules(images, scenario, &directory)?,
+        cpu: scenario.machine.cpu(),
+        cpus,
+        timeout: Duration::from_secs(options.timeout.unwrap_or(scenario.timeout)),
+        directory: &directory,
+    };
+    let ended = match scenario.machine {
+        Machine::Qemu(_) => machine::qemu(&run, options.accel)?,
+        Machine::Bochs(_) => machine::bochs(&run)?,
+    };
+    Ok(RunResult {
+        scenario,
+        seconds: ended.time.as_secs_f64(),
+        exits: ended.stat("exits"),
+        l0_instructions: ended.stat("l0_instructions"),
+        failure: verdict(scenario.expect, &ended).err(),
+    })
+}
+
+fn modules(images: &Images, scenario: &Scenario, directory: &Path) -> Result<Vec<Loaded>> {
+    let mut loaded = Vec::new();
+    for (i, module) in scenario.modules.iter().enumerate() {
+        let path = match module.content {
+            Content::Image(name) => images.path(name),
+            Content::Text(text) => {
+                let path = directory.join(format!("module{i}"));
+                fs::write(&path, text)?;
+                path
+            }
+        };
+        loaded.push(Loaded { path, args: module.args.to_string() });
+    }
+    Ok(loaded)
+}
+
+/// The exit codes of the images' runtime.
+const SUCCESS: u32 = 16;
+const FAILURE: u32 = 17;
+
+/// `Err` with what to show when the run did not end as it must.
+fn verdict(expect: Expect, ended: &Ended) -> std::result::Result<(), String> {
+    let wanted = match expect {
+        Expect::Success => ended.exit() == Some(SUCCESS),
+        Expect::Failure(text) => ended.exit() == Some(FAILURE) && ended.output.contains(text),
+    };
+    if wanted && !ended.timed_out {
+        return Ok(());
+    }
+    let how = match (ended.timed_out, ended.exit()) {
+        (true, _) => "it ran out of time".to_string(),
+        (false, Some(code)) => format!("it ended with code {code}"),
+        (false, None) => "it ended without a verdict".to_string(),
+    };
+    Err(format!(
+        "  expected {expect:?}, but {how}; it printed:\n{}\n  the emulator said:\n{}",
+        tail(&ended.output, 40),
+        tail(&ended.emulator, 10)
+    ))
+}
+
+fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<&str> = text.lines().collect();
+    let last = &all[all.len().saturating_sub(lines)..];
+    last.iter().map(|l| format!("    | {l}")).collect::<Vec<_>>().join("\n")
+}
+
+#[derive(serde::Serialize)]
+struct ReportLine {
+    cpu: &'static str,
+    scenario: &'static str,
+    result: &'static str,
+    seconds: f64,
+    exits: Option<u64>,
+    l0_instructions: Option<u64>,
+}
+
+fn write_report(path: &Path, results: &[RunResult]) -> Result<()> {
+    let mut file = fs::File::create(path).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+    for r in results {
+        let line = ReportLine {
+            cpu: r.scenario.machine.cpu(),
+            scenario: r.scenario.name,
+            result: if r.failure.is_none() { "passed" } else { "failed" },
+            seconds: (r.seconds * 1000.0).round() / 1000.0,
+            exits: r.exits,
+            l0_instructions: r.l0_instructions,
+        };
+        writeln!(file, "{}", serde_json::to_string(&line)?)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ended(output: &str, timed_out: bool) -> Ended {
+        Ended { output: output.into(), emulator: String::new(), timed_out, time: Duration::ZERO }
+    }
+
+    #[test]
+    fn success_needs_the_verdict_in_time() {
+        assert!(verdict(Expect::Success, &ended("[exit 16]\n", false)).is_ok());
+        assert!(verdict(Expect::Success, &ended("[exit 16]\n", true)).is_err());
+        assert!(verdict(Expect::Success, &ended("[exit 17]\n", false)).is_err());
+        assert!(verdict(Expect::Success, &ended("", false)).is_err());
+    }
+
+    #[test]
+    fn a_control_must_fail_for_its_own_reason() {
+        let expect = Expect::Failure("boom");
+        assert!(verdict(expect, &ended("boom\n[exit 17]\n", false)).is_ok());
+        assert!(verdict(expect, &ended("bang\n[exit 17]\n", false)).is_err());
+        assert!(verdict(expect, &ended("boom\n[exit 16]\n", false)).is_err());
+    }
+}

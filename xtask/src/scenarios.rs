@@ -1,0 +1,98 @@
+//! The list of what runs on emulated machines: a line of [`SCENARIOS`] each.
+
+/// An emulator and the processor it emulates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Machine {
+    /// QEMU, with this `-cpu`.
+    Qemu(&'static str),
+    /// Bochs, with this `cpu: model=`.
+    Bochs(&'static str),
+}
+
+impl Machine {
+    /// The processor's name in tables and reports.
+    pub const fn cpu(self) -> &'static str {
+        match self {
+            Machine::Qemu(cpu) | Machine::Bochs(cpu) => cpu,
+        }
+    }
+}
+
+/// A file that is loaded beside the image.
+#[derive(Clone, Copy, Debug)]
+pub struct Module {
+    /// What it holds.
+    pub content: Content,
+    /// Its command line.
+    pub args: &'static str,
+}
+
+/// What a module holds.
+#[derive(Clone, Copy, Debug)]
+pub enum Content {
+    /// These bytes.
+    Text(&'static str),
+    /// Another image of `examples/`.
+    #[allow(dead_code, reason = "the images that carry guests come with the nested scenarios")]
+    Image(&'static str),
+}
+
+/// How a run must end.
+#[derive(Clone, Copy, Debug)]
+pub enum Expect {
+    /// The image reports success.
+    Success,
+    /// The image reports failure, after printing this: the control of a check.
+    Failure(&'static str),
+}
+
+/// One run of one image.
+#[derive(Clone, Copy, Debug)]
+pub struct Scenario {
+    /// Its name for `--scenario`. Runs of one scenario on several machines share it.
+    pub name: &'static str,
+    /// What it runs on.
+    pub machine: Machine,
+    /// The image.
+    pub image: &'static str,
+    /// The image's command line. `cpus=N` is added when there are several.
+    pub args: &'static str,
+    /// Files beside it.
+    pub modules: &'static [Module],
+    /// Processors, unless `--smp` says otherwise.
+    pub cpus: u32,
+    /// How it must end.
+    pub expect: Expect,
+    /// Seconds after which it has failed, unless `--timeout` says otherwise.
+    pub timeout: u64,
+}
+
+/// What most scenarios have.
+const BASE: Scenario = Scenario {
+    name: "",
+    machine: Machine::Qemu("max"),
+    image: "selftest",
+    args: "",
+    modules: &[],
+    cpus: 1,
+    expect: Expect::Success,
+    timeout: 30,
+};
+
+const BOCHS: Machine = Machine::Bochs("corei7_skylake_x");
+
+const TWO_FILES: &[Module] = &[
+    Module { content: Content::Text("Zoological"), args: "bytes=10 first=90" },
+    Module { content: Content::Text("a"), args: "bytes=1 first=97" },
+];
+
+/// All scenarios, in the order in which they run.
+#[rustfmt::skip]
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario { name: "boot", args: "test=boot modules=2", modules: TWO_FILES, cpus: 4, ..BASE },
+    Scenario { name: "boot", args: "test=boot modules=2", modules: TWO_FILES, cpus: 2, machine: BOCHS, ..BASE },
+    Scenario { name: "boot-16-processors", args: "test=boot", cpus: 16, ..BASE },
+    Scenario { name: "unhandled-exception", args: "test=unhandled", expect: Expect::Failure("unhandled: #UD"), ..BASE },
+    Scenario { name: "nested-fault", args: "test=nested", expect: Expect::Failure("nested fault on one interrupt stack: #BP"), ..BASE },
+    Scenario { name: "panic", args: "test=panic", expect: Expect::Failure("as asked"), ..BASE },
+];
