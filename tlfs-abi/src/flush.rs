@@ -168,6 +168,58 @@ impl RangeFormat {
     }
 }
 
+/// What a list entry of HvCallFlushGuestPhysicalAddressList covers: `pages` pages of `page_size` bytes from `start` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpaSpan {
+    /// First byte.
+    pub start: u64,
+    /// Number of pages, at least 1.
+    pub pages: u64,
+    /// Bytes in a page: 4 KiB, 2 MiB or 1 GiB.
+    pub page_size: u64,
+}
+
+/// One list entry of HvCallFlushGuestPhysicalAddressList.
+///
+/// The TLFS gives bits 11:0 to the count of additional 4 KiB pages; callers in the field use the layout of
+/// [`ExtendedGvaRange`]. The two agree while bit 11 is clear. When it is set, who flushes what both readings name has
+/// flushed what the caller meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(transparent)]
+pub struct FlushGpaRange(pub u64);
+
+impl FlushGpaRange {
+    /// Pages that one entry can cover in both readings alike.
+    pub const MAX_PAGES: u64 = 2048;
+
+    /// The entry for `pages` 4 KiB pages (1 to 2,048; the low 11 bits of `pages - 1` are kept) from the page of `start`
+    /// on. Both readings agree on it.
+    #[inline]
+    pub const fn new(start: u64, pages: u64) -> Self {
+        Self(start & !0xFFF | pages.wrapping_sub(1) & 0x7FF)
+    }
+
+    /// True when the two readings differ.
+    #[inline]
+    pub const fn is_ambiguous(self) -> bool {
+        self.0 & 1 << 11 != 0
+    }
+
+    /// The TLFS's reading: bits 11:0 additional 4 KiB pages.
+    #[inline]
+    pub const fn tlfs_span(self) -> GpaSpan {
+        let GvaSpan { start, pages, page_size } = GvaRange(self.0).span();
+        GpaSpan { start, pages, page_size }
+    }
+
+    /// The extended reading: bits 10:0 additional pages, bit 11 large pages.
+    #[inline]
+    pub const fn extended_span(self) -> GpaSpan {
+        let GvaSpan { start, pages, page_size } = ExtendedGvaRange(self.0).span();
+        GpaSpan { start, pages, page_size }
+    }
+}
+
 /// Fixed input of HvCallFlushVirtualAddressSpace and HvCallFlushVirtualAddressList; the list's GVA ranges follow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -215,4 +267,5 @@ const_assert_eq!(core::mem::offset_of!(FlushVirtualAddressEx, vp_set), 16);
 const_assert_eq!(size_of::<FlushGuestPhysicalAddress>(), 16);
 const_assert_eq!(core::mem::offset_of!(FlushGuestPhysicalAddress, address_space), 0);
 const_assert_eq!(core::mem::offset_of!(FlushGuestPhysicalAddress, flags), 8);
+const_assert!(size_of::<FlushGpaRange>() == 8);
 const_assert!(size_of::<GvaRange>() == 8 && size_of::<ExtendedGvaRange>() == 8);

@@ -6,7 +6,16 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+#[macro_use]
+mod macros;
+
+pub mod assist;
+pub mod cpuid;
+pub mod evmcb;
+pub mod evmcs;
 pub mod flush;
 pub mod hypercall;
+pub mod inputs;
+pub mod msr;
 pub mod status;
 pub mod vp_set;
