@@ -1,9 +1,10 @@
 //! A small hypervisor for AMD-V: L1 when the L0 hypervisor runs it, an ordinary hypervisor on bare hardware.
 //!
 //! The kernel command line says what it does: `scenario=NAME` runs one scenario, nothing or `scenario=all` runs them
-//! all, `bench` measures. It prints a line for each scenario and ends the machine with the verdict.
+//! all, `bench=all` measures. It prints a line for each scenario and ends the machine with the verdict.
 #![cfg_attr(freestanding, no_std, no_main)]
 
+mod bench;
 mod bitmaps;
 mod global;
 mod guest;
@@ -70,6 +71,15 @@ fn run(boot: &'static BootInfo) -> ExitCode {
     }
     // SAFETY: long mode processors have NX; nested tables use it, and EFER.NXE of the host decides whether they may.
     unsafe { hw::msr::wrmsr(hw::msr::EFER, hw::msr::rdmsr(hw::msr::EFER) | hw::msr::EFER_NXE) };
+    if boot.argument("bench").is_some() {
+        return match bench::run() {
+            Ok(()) => ExitCode::Success,
+            Err(failure) => {
+                rt::println!("FAIL bench: {failure}");
+                ExitCode::Failure
+            }
+        };
+    }
     let wanted = boot.argument("scenario").unwrap_or("all");
     let (mut passed, mut failed) = (0, 0);
     for scenario in SCENARIOS.iter().filter(|s| wanted == "all" || s.name == wanted) {
