@@ -214,7 +214,7 @@ fn write_report(path: &Path, results: &[RunResult]) -> Result<()> {
         let line = ReportLine {
             cpu: r.scenario.machine.cpu(),
             scenario: r.scenario.name,
-            result: if r.failure.is_none() { "passed" } else { "failed" },
+            result: if r.failure.is_none() { "pass" } else { "fail" },
             seconds: (r.seconds * 1000.0).round() / 1000.0,
             exits: r.exits,
             l0_instructions: r.l0_instructions,

@@ -94,5 +94,8 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "boot-16-processors", args: "test=boot", cpus: 16, ..BASE },
     Scenario { name: "unhandled-exception", args: "test=unhandled", expect: Expect::Failure("unhandled: #UD"), ..BASE },
     Scenario { name: "nested-fault", args: "test=nested", expect: Expect::Failure("nested fault on one interrupt stack: #BP"), ..BASE },
+    // The small hypervisor on the emulator itself: the control of what it finds on the L0 hypervisor.
+    Scenario { name: "svm-bare", image: "l1", ..BASE },
+    Scenario { name: "svm-bare", image: "l1", machine: Machine::Qemu("EPYC-Rome,+svm"), ..BASE },
     Scenario { name: "panic", args: "test=panic", expect: Expect::Failure("as asked"), ..BASE },
 ];
