@@ -219,28 +219,26 @@ impl<'a, F: EntryFormat, K: Copy + Eq, const ROOTS: usize> Tables<'a, F, K, ROOT
         self.pool.set_slot(page, slot, Slot::Leaf(l1), entry, size.bytes());
     }
 
-    /// Frees pages: those of the cached root that was least recently active, or at last those of the active root.
-    /// False when there was nothing to free.
+    /// Frees pages for a whole path: those of the cached roots, least recently active first, and at last those of the
+    /// active root. False when there are not enough pages all the same.
     fn make_room(&mut self) -> bool {
-        let mut chosen = self.active;
-        let mut oldest = u64::MAX;
-        for (slot, root) in self.roots.iter().enumerate() {
-            if Some(slot) != self.active && root.below.count() > 0 && root.last_used < oldest {
-                oldest = root.last_used;
-                chosen = Some(slot);
+        let path = usize::from(self.levels).saturating_sub(1);
+        for _ in 0..ROOTS {
+            if self.pool.free() >= path {
+                break;
             }
+            let mut chosen = self.active;
+            let mut oldest = u64::MAX;
+            for (slot, root) in self.roots.iter().enumerate() {
+                if Some(slot) != self.active && root.below.count() > 0 && root.last_used < oldest {
+                    oldest = root.last_used;
+                    chosen = Some(slot);
+                }
+            }
+            let Some(slot) = chosen else { return false };
+            self.empty(slot);
         }
-        let Some(slot) = chosen else { return false };
-        let freed = self.roots.get(slot).is_some_and(|root| root.below.count() > 0);
-        self.empty(slot);
-        // A short list may not be enough for a whole path: then the active root goes as well.
-        if Some(slot) != self.active
-            && self.pool.free() < usize::from(self.levels).saturating_sub(1)
-            && let Some(active) = self.active
-        {
-            self.empty(active);
-        }
-        freed
+        self.pool.free() >= path
     }
 
     /// Drops every translation of the roots whose key `matches`.

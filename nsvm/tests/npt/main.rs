@@ -3,4 +3,6 @@
 
 mod faults;
 mod fill;
+mod invalidate;
 mod machine;
+mod sequence;
