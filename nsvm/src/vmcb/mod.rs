@@ -223,7 +223,7 @@ pub struct Vmcb {
 
 macro_rules! assert_offsets {
     ($ty:ty, $base:expr, { $($field:ident: $off:expr),* $(,)? }) => {
-        $(const_assert_eq!(core::mem::offset_of!($ty, $field) + $base, $off);)*
+        $(const_assert_eq!(core::mem::offset_of!($ty, $field).wrapping_add($base), $off);)*
     };
 }
 
