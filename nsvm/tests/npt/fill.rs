@@ -16,7 +16,7 @@ fn a_read_fills_a_page_that_l1_marked_dirty_writable() {
     let at = machine.map(LONG, 0x20_3000, 0x7_5000, 1, ALL | D);
     assert_eq!(lookup(&shadow, 0x20_3000), None);
     assert_eq!(fault(&mut shadow, &machine, 0x20_3123, READ | FINAL), NptOutcome::Resume);
-    assert_eq!(lookup(&shadow, 0x20_3000), Some((HOST + 0x7_5000 | ALL | A | D, PageSize::Size4K)));
+    assert_eq!(lookup(&shadow, 0x20_3000), Some(((HOST + 0x7_5000) | ALL | A | D, PageSize::Size4K)));
     assert_eq!(machine.get(at), 0x7_5000 | ALL | A | D);
     assert!(!shadow.tag_stale(), "a new entry makes nothing stale");
 }
@@ -28,10 +28,10 @@ fn a_clean_page_becomes_writable_with_the_write_that_dirties_it() {
         machine.largest.set(Some(PageSize::Size4K));
         let at = machine.map(format, 0x20_3000, 0x7_5000, 1, ALL);
         assert_eq!(fault(&mut shadow, &machine, 0x20_3123, READ | FINAL), NptOutcome::Resume);
-        assert_eq!(lookup(&shadow, 0x20_3000), Some((HOST + 0x7_5000 | P | U | A, PageSize::Size4K)));
+        assert_eq!(lookup(&shadow, 0x20_3000), Some(((HOST + 0x7_5000) | P | U | A, PageSize::Size4K)));
         assert_eq!(machine.get_entry(format, at), 0x7_5000 | ALL | A, "a read does not dirty: {format:?}");
         assert_eq!(fault(&mut shadow, &machine, 0x20_3123, WRITE | FINAL), NptOutcome::Resume);
-        assert_eq!(lookup(&shadow, 0x20_3000), Some((HOST + 0x7_5000 | ALL | A | D, PageSize::Size4K)));
+        assert_eq!(lookup(&shadow, 0x20_3000), Some(((HOST + 0x7_5000) | ALL | A | D, PageSize::Size4K)));
         assert_eq!(machine.get_entry(format, at), 0x7_5000 | ALL | A | D, "{format:?}");
         assert!(!shadow.tag_stale(), "more rights make nothing stale");
     }
@@ -127,7 +127,7 @@ fn rights_are_those_that_both_stages_give() {
         machine.map(LONG, 0x20_3000, 0x7_5000, 1, l1_bits);
         machine.protect(0x7_5000, small(HOST + 0x7_5000, writable, executable));
         assert_eq!(fault(&mut shadow, &machine, 0x20_3000, READ | FINAL), NptOutcome::Resume);
-        assert_eq!(lookup(&shadow, 0x20_3000), Some((HOST + 0x7_5000 | expected, PageSize::Size4K)), "{l1_bits:#x}");
+        assert_eq!(lookup(&shadow, 0x20_3000), Some(((HOST + 0x7_5000) | expected, PageSize::Size4K)), "{l1_bits:#x}");
     }
 }
 
@@ -143,7 +143,7 @@ fn memory_types_of_both_stages_meet_in_the_leaf() {
         machine.protect(0x40_0000, Some(mapping));
         assert_eq!(fault(&mut shadow, &machine, 0x20_0000, READ | FINAL), NptOutcome::Resume);
         let large = if level == 1 { 0 } else { PS };
-        let expected = HOST + 0x40_0000 | ALL | A | D | PWT | PCD | pat | large;
+        let expected = (HOST + 0x40_0000) | ALL | A | D | PWT | PCD | pat | large;
         assert_eq!(lookup(&shadow, 0x20_0000), Some((expected, size)));
     }
 }
@@ -173,7 +173,7 @@ fn what_the_embedder_withholds_goes_to_the_embedder() {
     assert_eq!(go(0x7_7010, FETCH | FINAL), asks(0x7_7010, Access::Execute, false, Cause::NotExecutable));
     assert_eq!(go(0x7_7010, WRITE | FINAL), NptOutcome::Resume);
     // The write was allowed by L1's tables: it is dirty there although the embedder carries it out.
-    assert_eq!(machine.get(machine.map(LONG, 0x9_0000, 0, 1, 0) & !0xFFF | 0x76 * 8) & D, D);
+    assert_eq!(machine.get(machine.map(LONG, 0x9_0000, 0, 1, 0) & !0xFFF | (0x76 * 8)) & D, D);
 }
 
 #[test]

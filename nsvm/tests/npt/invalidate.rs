@@ -309,13 +309,13 @@ fn a_large_page_is_split_when_the_embedder_splits_it() {
     machine.protect(0x8000_5000, small(HOST + 0x8000_5000, false, true));
     fault(&mut shadow, &machine, 0x4000_5000, READ | FINAL);
     assert!(shadow.tag_stale());
-    assert_eq!(lookup(&shadow, 0x4000_5000), Some((HOST + 0x8000_5000 | P | U | A, PageSize::Size4K)));
+    assert_eq!(lookup(&shadow, 0x4000_5000), Some(((HOST + 0x8000_5000) | P | U | A, PageSize::Size4K)));
     assert_eq!(lookup(&shadow, 0x4000_4000), None);
     // Whole again: pages stay as small as the tables in place.
     machine.special.borrow_mut().clear();
     shadow.tag_retired();
     fault(&mut shadow, &machine, 0x4000_5000, WRITE | FINAL);
-    assert_eq!(lookup(&shadow, 0x4000_5000), Some((HOST + 0x8000_5000 | ALL | A | D, PageSize::Size4K)));
+    assert_eq!(lookup(&shadow, 0x4000_5000), Some(((HOST + 0x8000_5000) | ALL | A | D, PageSize::Size4K)));
     fault(&mut shadow, &machine, 0x4020_0000, WRITE | FINAL);
     assert_eq!(lookup(&shadow, 0x4020_0000).unwrap().1, PageSize::Size2M);
 }
