@@ -83,13 +83,16 @@ pub fn qemu(run: &Run<'_>, accel: Accel) -> Result<Ended> {
     command.args(["-cpu", run.cpu, "-smp", &run.cpus.to_string(), "-m", "256"]);
     command.args(["-no-reboot", "-nodefaults", "-display", "none", "-serial", "file:serial.txt"]);
     command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4"]);
+    // Where the L0 hypervisor prints: its guest has the serial port.
+    command.args(["-chardev", "file,id=l0,path=l0.txt", "-device", "isa-debugcon,iobase=0xe9,chardev=l0"]);
     command.arg("-kernel").arg(run.image).args(["-append", run.args]);
     if !run.modules.is_empty() {
         // A comma inside a name is written twice.
         let names = run.modules.iter().map(|m| format!("{} {}", m.path.display(), m.args).replace(',', ",,"));
         command.args(["-initrd", &names.collect::<Vec<_>>().join(",")]);
     }
-    let (emulator, timed_out, time) = limited(&mut command, run)?;
+    let (mut emulator, timed_out, time) = limited(&mut command, run)?;
+    emulator += &read(&run.directory.join("l0.txt"));
     Ok(Ended { output: read(&run.directory.join("serial.txt")), emulator, timed_out, time })
 }
 

@@ -128,11 +128,11 @@ fn run_one(ctx: &Ctx, options: &Options, images: &Images, scenario: &'static Sce
     fs::remove_dir_all(&directory)?;
     fs::create_dir_all(&directory)?;
     let cpus = options.smp.unwrap_or(scenario.cpus);
-    let args = if cpus > 1 { format!("{} cpus={cpus}", scenario.args) } else { scenario.args.to_string() };
+    let args = with_cpus(scenario.args, cpus);
     let run = Run {
         image: &images.path(scenario.image),
         args: &args,
-        modules: &modules(images, scenario, &directory)?,
+        modules: &modules(images, scenario, cpus, &directory)?,
         cpu: scenario.machine.cpu(),
         cpus,
         timeout: Duration::from_secs(options.timeout.unwrap_or(scenario.timeout)),
@@ -151,18 +151,27 @@ fn run_one(ctx: &Ctx, options: &Options, images: &Images, scenario: &'static Sce
     })
 }
 
-fn modules(images: &Images, scenario: &Scenario, directory: &Path) -> Result<Vec<Loaded>> {
+/// The command line of an image on `cpus` processors.
+fn with_cpus(args: &str, cpus: u32) -> String {
+    if cpus > 1 { format!("{args} cpus={cpus}") } else { args.to_string() }
+}
+
+fn modules(images: &Images, scenario: &Scenario, cpus: u32, directory: &Path) -> Result<Vec<Loaded>> {
     let mut loaded = Vec::new();
     for (i, module) in scenario.modules.iter().enumerate() {
+        let mut args = module.args.to_string();
         let path = match module.content {
-            Content::Image(name) => images.path(name),
+            Content::Image(name) => {
+                args = with_cpus(module.args, cpus);
+                images.path(name)
+            }
             Content::Text(text) => {
                 let path = directory.join(format!("module{i}"));
                 fs::write(&path, text)?;
                 path
             }
         };
-        loaded.push(Loaded { path, args: module.args.to_string() });
+        loaded.push(Loaded { path, args });
     }
     Ok(loaded)
 }

@@ -32,8 +32,7 @@ pub struct Module {
 pub enum Content {
     /// These bytes.
     Text(&'static str),
-    /// Another image of `examples/`.
-    #[allow(dead_code, reason = "the images that carry guests come with the nested scenarios")]
+    /// Another image of `examples/`; `cpus=N` is added to its command line when there are several processors.
     Image(&'static str),
 }
 
@@ -86,6 +85,8 @@ const TWO_FILES: &[Module] = &[
     Module { content: Content::Text("a"), args: "bytes=1 first=97" },
 ];
 
+const RUNTIME_AS_L1: &[Module] = &[Module { content: Content::Image("selftest"), args: "test=boot" }];
+
 /// All scenarios, in the order in which they run.
 #[rustfmt::skip]
 pub const SCENARIOS: &[Scenario] = &[
@@ -97,5 +98,8 @@ pub const SCENARIOS: &[Scenario] = &[
     // The small hypervisor on the emulator itself: the control of what it finds on the L0 hypervisor.
     Scenario { name: "svm-bare", image: "l1", ..BASE },
     Scenario { name: "svm-bare", image: "l1", machine: Machine::Qemu("EPYC-Rome,+svm"), ..BASE },
+    // The L0 hypervisor with the runtime's own test as its guest.
+    Scenario { name: "l0-boot", image: "l0", modules: RUNTIME_AS_L1, ..BASE },
+    Scenario { name: "l0-boot-4-processors", image: "l0", modules: RUNTIME_AS_L1, cpus: 4, ..BASE },
     Scenario { name: "panic", args: "test=panic", expect: Expect::Failure("as asked"), ..BASE },
 ];

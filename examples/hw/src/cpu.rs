@@ -114,3 +114,10 @@ macro_rules! table_register {
 
 table_register!(sgdt, "sgdt");
 table_register!(sidt, "sidt");
+
+/// HLT: waits for an interrupt or NMI.
+#[inline]
+pub fn halt() {
+    // SAFETY: the processor goes on at the next event; nothing else happens.
+    unsafe { asm!("hlt", options(nostack, preserves_flags)) };
+}

@@ -199,3 +199,33 @@ pub unsafe fn stgi() {
     // SAFETY: the caller vouches for the interrupt table.
     unsafe { asm!("stgi", options(nostack)) };
 }
+
+/// Sets GIF, halts until an NMI has been taken, and clears GIF again.
+///
+/// An NMI that comes between STGI and HLT must not be slept through: its handler calls [`skip_wait`].
+///
+/// # Safety
+/// GIF is clear, EFER.SVME set, RFLAGS.IF clear; an NMI handler is in place.
+#[unsafe(naked)]
+pub unsafe extern "C" fn wait_for_nmi() {
+    naked_asm!(
+        ".globl hw_svm_wait_start",
+        ".globl hw_svm_wait_end",
+        "stgi",
+        "hw_svm_wait_start:",
+        "hlt",
+        "hw_svm_wait_end:",
+        "clgi",
+        "ret",
+    )
+}
+
+unsafe extern "C" {
+    static hw_svm_wait_start: u8;
+    static hw_svm_wait_end: u8;
+}
+
+/// Where code goes on that an NMI interrupted at `rip`: behind the HLT of [`wait_for_nmi`] if it was about to halt.
+pub fn skip_wait(rip: u64) -> u64 {
+    if rip == (&raw const hw_svm_wait_start) as u64 { (&raw const hw_svm_wait_end) as u64 } else { rip }
+}

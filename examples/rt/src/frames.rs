@@ -50,6 +50,14 @@ pub(crate) fn init(boot: &BootInfo, image_end: u64) {
     *FRAMES.lock() = Frames::new(boot, image_end);
 }
 
+/// From now on memory is handed out from `region` only: for an image that leaves all other memory to somebody else.
+///
+/// # Safety
+/// `region` is RAM below 4 GiB that nothing else uses.
+pub unsafe fn use_region(region: Region) {
+    FRAMES.lock().free = region;
+}
+
 /// `bytes` of zeroed memory at a multiple of `align`, or `None`: its physical address, which is its virtual address too.
 pub fn allocate(bytes: u64, align: u64) -> Option<*mut u8> {
     let start = FRAMES.lock().allocate(bytes, align)? as *mut u8;

@@ -1,0 +1,200 @@
+//! From the runtime's `main` to a running L1: checks, tables, L1's image, then every processor into its run loop.
+
+use core::cell::UnsafeCell;
+
+use arrayvec::ArrayVec;
+use hw::apic::LocalApic;
+use hw::{cpu, msr, svm};
+use rt::{BootInfo, ExitCode};
+use spin::{Mutex, Once};
+
+use crate::fatal::{self, give_up};
+use crate::ipi::{Ipis, MAX_CPUS};
+use crate::loader::{self, Entry, Module, Region};
+use crate::memory::{FOUR_GIB, L1Memory, Range};
+use crate::npt01::{self, Npt01, TablePage};
+use crate::permissions::{Access, IoMap, MsrMap};
+use crate::say;
+use crate::shared::Shared;
+use crate::vp::{Pages, PagesPa, Vp};
+use crate::{debug, memory};
+
+/// MSRs that exit: what L0 or the library answers itself.
+static MSRPM01: MsrMap = {
+    let mut map = MsrMap::new();
+    map.intercept(msr::EFER, Access::Both);
+    map.intercept(msr::VM_CR, Access::Both);
+    map.intercept(msr::VM_HSAVE_PA, Access::Both);
+    map.intercept(msr::PAT, Access::Both);
+    map.intercept(msr::APIC_BASE, Access::Both);
+    map.intercept(msr::X2APIC_ICR, Access::Write);
+    map
+};
+
+/// Ports that exit: L0's own.
+static IOPM01: IoMap = {
+    let mut map = IoMap::new();
+    map.intercept(debug::PORT);
+    map
+};
+
+/// Memory that one owner takes once.
+#[repr(C, align(4096))]
+struct Reserve<T>(UnsafeCell<T>);
+
+// SAFETY: each element is handed out once (`VPS`: element n to processor n; the tables: to the boot processor).
+unsafe impl<T> Sync for Reserve<T> {}
+
+static NPT_PAGES: [TablePage; npt01::POOL_PAGES] = [const { TablePage::new() }; npt01::POOL_PAGES];
+static HOST_TABLES: [TablePage; 2 + 64] = [const { TablePage::new() }; 2 + 64];
+// Zero is a valid `Pages`: VMCBs are plain memory.
+static VPS: Reserve<[[u8; size_of::<Pages>()]; MAX_CPUS]> =
+    Reserve(UnsafeCell::new([[0; size_of::<Pages>()]; MAX_CPUS]));
+static HEAP: Reserve<[u8; 4 << 20]> = Reserve(UnsafeCell::new([0; 4 << 20]));
+
+static SHARED: Once<Shared> = Once::new();
+static ENTRY: Mutex<Option<Entry>> = Mutex::new(None);
+
+#[cfg(freestanding)]
+unsafe extern "C" {
+    static __image_start: u8;
+    static __image_end: u8;
+}
+
+/// Where L0 lies: whole 2 MiB pages.
+fn image() -> Range {
+    const MIB2: u64 = 2 << 20;
+    #[cfg(freestanding)]
+    let (start, end) = ((&raw const __image_start) as u64, (&raw const __image_end) as u64);
+    #[cfg(not(freestanding))]
+    let (start, end) = (64u64 << 20, 66u64 << 20);
+    Range { start: start & !(MIB2 - 1), end: end.next_multiple_of(MIB2) }
+}
+
+/// The image's main function.
+pub fn main(boot: &'static BootInfo) -> ExitCode {
+    let heap = HEAP.0.get() as u64;
+    // SAFETY: `HEAP` is used for nothing else, and nothing has been allocated yet.
+    unsafe { rt::frames::use_region(rt::multiboot::Region { start: heap, end: heap + (4 << 20) }) };
+    rt::idt::on(2, nmi);
+    let Some(svm) = svm::capabilities() else { give_up(format_args!("this processor has no SVM")) };
+    if svm.edx & 1 == 0 {
+        give_up(format_args!("this processor has no nested paging"));
+    }
+    let hole = image();
+    let map = map_for_l1(boot, hole);
+    let shared = SHARED.call_once(|| shared(boot, hole, svm));
+    load_l1(boot, shared, &map);
+    let cpus = boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1);
+    say!("l0: cpus {cpus} hole {:#x}..{:#x} asids {} svm features {:#x}", hole.start, hole.end, svm.ebx, svm.edx);
+    if let Err(missing) = rt::smp::start(cpus, other) {
+        give_up(format_args!("{cpus} processors asked for, {} came", missing.online));
+    }
+    run(0)
+}
+
+/// The memory map that L1 sees.
+fn map_for_l1(boot: &BootInfo, hole: Range) -> ArrayVec<Region, 64> {
+    let machine = boot.regions.iter().map(|r| Region { range: Range { start: r.start, end: r.end }, kind: 1 });
+    let mut map = ArrayVec::new();
+    loader::memory_map(machine, hole, |r| {
+        if map.try_push(r).is_err() {
+            give_up(format_args!("the memory map has too many entries"));
+        }
+    });
+    map
+}
+
+fn shared(boot: &BootInfo, hole: Range, svm: cpu::CpuidResult) -> Shared {
+    let low_end = boot.regions.iter().map(|r| r.end).filter(|&e| e <= FOUR_GIB).max().unwrap_or(0);
+    let high_end = boot.regions.iter().map(|r| r.end).max().unwrap_or(0).max(FOUR_GIB);
+    let base = HOST_TABLES.as_ptr() as u64;
+    let Ok(cr3) = npt01::direct_map(&HOST_TABLES, base, high_end) else {
+        give_up(format_args!("more memory than L0 maps: {high_end:#x}"));
+    };
+    // SAFETY: the new tables map everything that the runtime's do at the same addresses, and more.
+    unsafe { cpu::write_cr3(cr3) };
+    let address_bits = cpu::cpuid(0x8000_0008, 0).eax & 0xff;
+    let Ok(npt) = Npt01::new(&NPT_PAGES, NPT_PAGES.as_ptr() as u64, hole, address_bits) else {
+        give_up(format_args!("no pages for the nested tables"));
+    };
+    Shared {
+        // SAFETY: the firmware says that this is RAM, it is mapped, and L0's own memory is the hole.
+        memory: unsafe { L1Memory::new(low_end, high_end, hole) },
+        ncr3: npt.root(),
+        npt01: Mutex::new(npt),
+        msrpm01: (&raw const MSRPM01) as u64,
+        iopm01: (&raw const IOPM01) as u64,
+        ipis: Ipis::new(),
+        // SAFETY: L0's tables map the page uncached.
+        apic: unsafe { LocalApic::new(memory::phys_to_virt(hw::apic::DEFAULT_BASE)) },
+        svm,
+        enlighten: boot.argument("enlighten") != Some("off"),
+        test_hooks: boot.command_line.split_ascii_whitespace().any(|w| w == "test-hooks"),
+    }
+}
+
+/// Module 0 is L1, its command line that of L1; the modules behind it are L1's.
+fn load_l1(boot: &'static BootInfo, shared: &Shared, map: &[Region]) {
+    let Some((l1, rest)) = boot.modules.split_first() else {
+        give_up(format_args!("no module: give L1's kernel as the first"));
+    };
+    let mut modules = ArrayVec::<Module<'_>, { rt::multiboot::MAX_MODULES }>::new();
+    for m in rest {
+        let range = Range { start: m.start, end: m.end };
+        let _ = modules.try_push(Module { range, string: m.command_line.as_bytes() });
+    }
+    // SAFETY: the boot loader put the file there; nothing writes it before it has been copied.
+    let image = unsafe {
+        core::slice::from_raw_parts(memory::phys_to_virt::<u8>(l1.start).cast_const(), (l1.end - l1.start) as usize)
+    };
+    match loader::multiboot(&shared.memory, image, l1.command_line.as_bytes(), &modules, map) {
+        Ok(entry) => *ENTRY.lock() = Some(entry),
+        Err(error) => give_up(format_args!("cannot load {}: {error:?}", l1.command_line)),
+    }
+}
+
+fn other(this: &'static rt::cpu::Cpu) {
+    // SAFETY: the same tables that the boot processor runs on.
+    unsafe { cpu::write_cr3(HOST_TABLES.as_ptr() as u64) };
+    run(this.index as usize);
+}
+
+/// This processor's part, for good.
+fn run(id: usize) -> ! {
+    let (Some(shared), Some(pages)) = (SHARED.get(), vp_pages(id)) else {
+        give_up(format_args!("processor {id} started too early, or is one too many"));
+    };
+    let pa = PagesPa::at(&raw const *pages as u64);
+    // SAFETY: the runtime has loaded this processor's tables and TSS; `main` set the NMI handler.
+    let vp = unsafe { Vp::new(id, shared, pages, pa) };
+    let mut vp = match vp {
+        Ok(vp) => vp,
+        Err(failure) => give_up(format_args!("{failure:?} on cpu {id}")),
+    };
+    if id == 0
+        && let Some(entry) = ENTRY.lock().take()
+    {
+        vp.start_multiboot(&entry);
+    }
+    let failure = vp.run();
+    fatal::report(&vp, failure)
+}
+
+fn vp_pages(id: usize) -> Option<&'static mut Pages> {
+    if id >= MAX_CPUS {
+        return None;
+    }
+    // SAFETY: processor `id` alone takes element `id`, once; it is aligned (a multiple of a page from an aligned
+    // start) and zero, which is a valid value.
+    Some(unsafe { &mut *VPS.0.get().cast::<Pages>().add(id) })
+}
+
+/// L0's NMI handler. It tells kicks from L1's NMIs, and wakes a waiting processor.
+fn nmi(frame: &mut rt::idt::Frame) {
+    let (Some(shared), id) = (SHARED.get(), rt::cpu::current().index as usize) else { return };
+    if !shared.ipis.nmi_arrived(id) {
+        shared.ipis.post_nmi(id);
+    }
+    frame.rip = svm::skip_wait(frame.rip);
+}

@@ -1,0 +1,23 @@
+//! L0: a bare-metal hypervisor on AMD-V for one guest, a hypervisor.
+//!
+//! It takes the machine at boot, gives L1 the devices and nearly all memory, and keeps what nesting and the Hyper-V
+//! interface need: its own memory, the local APICs' command registers, and the intercepts in [`vp`].
+//!
+//! The way of one exit: [`vp::Vp::run`] → [`exits`] → the library (`nsvm`, `hvcore`) → back to the run loop.
+//! [`boot`] sets everything up, once. [`fatal`] ends a run that cannot go on.
+#![cfg_attr(not(test), no_std)]
+
+pub mod boot;
+pub mod cpuid;
+pub mod debug;
+pub mod exits;
+pub mod fatal;
+pub mod fetch;
+pub mod ipi;
+pub mod loader;
+pub mod memory;
+pub mod mmio;
+pub mod npt01;
+pub mod permissions;
+pub mod shared;
+pub mod vp;

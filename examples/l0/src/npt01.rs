@@ -1,0 +1,208 @@
+//! L0's nested page tables for L1: the identity, except the hole where L0 lives and the local APIC's page.
+//!
+//! 2 MiB pages; 4 KiB pages where something must differ. The hole maps every page to one page of ones, read-only, so
+//! that L1 reads all ones; its writes fault and are dropped by the exit handler. The APIC page is read-only: writes
+//! fault and are carried out. Addresses above 4 GiB that are not RAM are mapped when they are first touched (device
+//! windows). Written by the boot processor before any guest runs, and later only by [`Npt01::map_gib`] under its lock.
+
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use hw::apic;
+
+use crate::memory::{FOUR_GIB, Range};
+
+const PRESENT: u64 = 1;
+const WRITE: u64 = 1 << 1;
+const USER: u64 = 1 << 2;
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
+const LARGE: u64 = 1 << 7;
+/// Nested walks are user accesses; A and D are set so that the walker need not.
+const TABLE: u64 = PRESENT | WRITE | USER | ACCESSED;
+const LEAF: u64 = TABLE | DIRTY;
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+const MIB2: u64 = 2 << 20;
+const GIB: u64 = 1 << 30;
+
+/// Pages that the tables need at most: PML4, PDPT, four page directories, the APIC's and the hole's page tables, the
+/// ones, and page directories for memory and devices above 4 GiB.
+pub const POOL_PAGES: usize = 9 + 128;
+
+/// One page table page.
+#[derive(Debug)]
+#[repr(C, align(4096))]
+pub struct TablePage([AtomicU64; 512]);
+
+impl TablePage {
+    /// An empty page.
+    pub const fn new() -> Self {
+        Self([const { AtomicU64::new(0) }; 512])
+    }
+}
+
+impl Default for TablePage {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The pages of the tables are used up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutOfPages;
+
+/// How L1 may use a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// RAM or a device: as it is.
+    Plain,
+    /// The local APIC: reads pass, writes are L0's to carry out.
+    Apic,
+    /// L0's own memory: reads as ones, writes vanish.
+    Hole,
+}
+
+/// The tables.
+#[derive(Debug)]
+pub struct Npt01<'a> {
+    pages: &'a [TablePage],
+    /// Physical address of `pages[0]`.
+    base: u64,
+    used: usize,
+    hole: Range,
+    address_bits: u32,
+}
+
+impl<'a> Npt01<'a> {
+    /// Tables in `pages`, which start at physical address `base` (a multiple of 4096), are zero, and live on;
+    /// `hole` is a multiple of 2 MiB at both ends and below 4 GiB; `address_bits` is the processor's MAXPHYADDR.
+    pub fn new(pages: &'a [TablePage], base: u64, hole: Range, address_bits: u32) -> Result<Self, OutOfPages> {
+        let mut npt = Self { pages, base, used: 0, hole, address_bits: address_bits.min(48) };
+        let pml4 = npt.page()?;
+        let pdpt = npt.page()?;
+        npt.set(pml4, 0, npt.pa(pdpt) | TABLE);
+        let ones = npt.page()?;
+        for e in &npt.table(ones)?.0 {
+            e.store(u64::MAX, Ordering::Relaxed);
+        }
+        let hole_table = npt.page()?;
+        for i in 0..512 {
+            npt.set(hole_table, i, npt.pa(ones) | (LEAF & !WRITE));
+        }
+        let apic_table = npt.page()?;
+        let apic_region = apic::DEFAULT_BASE & !(MIB2 - 1);
+        for i in 0..512 {
+            let pa = apic_region + i as u64 * 4096;
+            npt.set(apic_table, i, pa | if pa == apic::DEFAULT_BASE { LEAF & !WRITE } else { LEAF });
+        }
+        for gib in 0..FOUR_GIB / GIB {
+            let pd = npt.page()?;
+            npt.set(pdpt, gib as usize, npt.pa(pd) | TABLE);
+            for i in 0..512 {
+                let pa = gib * GIB + i as u64 * MIB2;
+                let entry = if hole.contains(pa) {
+                    npt.pa(hole_table) | TABLE
+                } else if pa == apic_region {
+                    npt.pa(apic_table) | TABLE
+                } else {
+                    pa | LEAF | LARGE
+                };
+                npt.set(pd, i, entry);
+            }
+        }
+        Ok(npt)
+    }
+
+    /// Value for nCR3.
+    pub fn root(&self) -> u64 {
+        self.base
+    }
+
+    /// Maps the GiB that holds `gpa`, above 4 GiB. `Ok(false)`: the processor has no such address, or it is mapped.
+    pub fn map_gib(&mut self, gpa: u64) -> Result<bool, OutOfPages> {
+        if gpa < FOUR_GIB || gpa >> self.address_bits != 0 {
+            return Ok(false);
+        }
+        let pml4_index = (gpa >> 39) as usize & 511;
+        let pml4e = self.get(0, pml4_index);
+        let pdpt = if pml4e & PRESENT == 0 {
+            let page = self.page()?;
+            self.set(0, pml4_index, self.pa(page) | TABLE);
+            page
+        } else {
+            ((pml4e & ADDRESS) - self.base) as usize >> 12
+        };
+        let index = (gpa >> 30) as usize & 511;
+        if self.get(pdpt, index) & PRESENT != 0 {
+            return Ok(false);
+        }
+        let pd = self.page()?;
+        for i in 0..512 {
+            let pa = (gpa & !(GIB - 1)) + i as u64 * MIB2;
+            self.set(pd, i, pa | LEAF | LARGE);
+        }
+        // Last, so that a walk on another processor sees the directory empty or whole.
+        self.set(pdpt, index, self.pa(pd) | TABLE);
+        Ok(true)
+    }
+
+    /// What `gpa` is.
+    pub fn kind(&self, gpa: u64) -> Kind {
+        if self.hole.contains(gpa) {
+            Kind::Hole
+        } else if gpa & !0xfff == apic::DEFAULT_BASE {
+            Kind::Apic
+        } else {
+            Kind::Plain
+        }
+    }
+
+    /// Physical address of the page of ones.
+    pub fn ones(&self) -> u64 {
+        self.pa(2)
+    }
+
+    fn page(&mut self) -> Result<usize, OutOfPages> {
+        let page = self.used;
+        self.table(page)?;
+        self.used += 1;
+        Ok(page)
+    }
+
+    fn pa(&self, page: usize) -> u64 {
+        self.base + page as u64 * 4096
+    }
+
+    fn table(&self, page: usize) -> Result<&TablePage, OutOfPages> {
+        self.pages.get(page).ok_or(OutOfPages)
+    }
+
+    fn get(&self, page: usize, index: usize) -> u64 {
+        self.pages[page].0[index].load(Ordering::Relaxed)
+    }
+
+    fn set(&self, page: usize, index: usize, entry: u64) {
+        // Release: a processor that walks through this entry sees the table below it whole.
+        self.pages[page].0[index].store(entry, Ordering::Release);
+    }
+}
+
+/// Fills L0's own page tables in `pages` (zero, at physical address `base`): physical memory up to `end` at
+/// [`DIRECT_MAP`](crate::memory::DIRECT_MAP), 2 MiB pages, the APIC's region uncached. The value for CR3.
+pub fn direct_map(pages: &[TablePage], base: u64, end: u64) -> Result<u64, OutOfPages> {
+    const UNCACHED: u64 = 1 << 4 | 1 << 3;
+    let gibs = end.max(FOUR_GIB).div_ceil(GIB) as usize;
+    let (Some(pml4), Some(pdpt)) = (pages.first(), pages.get(1)) else { return Err(OutOfPages) };
+    let table = PRESENT | WRITE | ACCESSED;
+    pml4.0[0].store((base + 4096) | table, Ordering::Relaxed);
+    for gib in 0..gibs.min(512) {
+        let pd = pages.get(2 + gib).ok_or(OutOfPages)?;
+        pdpt.0[gib].store((base + (2 + gib as u64) * 4096) | table, Ordering::Relaxed);
+        for (i, e) in pd.0.iter().enumerate() {
+            let pa = gib as u64 * GIB + i as u64 * MIB2;
+            let cache = if (0xc000_0000..FOUR_GIB).contains(&pa) { UNCACHED } else { 0 };
+            e.store(pa | table | DIRTY | LARGE | cache, Ordering::Relaxed);
+        }
+    }
+    Ok(base)
+}

@@ -1,0 +1,53 @@
+//! What all processors of L0 share. Built once by the boot processor, then read-only but for atomics and one lock.
+
+use hw::apic::LocalApic;
+use hw::cpu::CpuidResult;
+use spin::Mutex;
+
+use crate::ipi::Ipis;
+use crate::memory::L1Memory;
+use crate::npt01::Npt01;
+
+/// The state of the whole machine.
+#[derive(Debug)]
+pub struct Shared {
+    /// L1's memory.
+    pub memory: L1Memory,
+    /// L0's nested tables for L1; the lock is for growing them.
+    pub npt01: Mutex<Npt01<'static>>,
+    /// Value for nCR3 of VMCB01.
+    pub ncr3: u64,
+    /// Physical address of the MSR permission map of L1.
+    pub msrpm01: u64,
+    /// Physical address of the IO permission map of L1.
+    pub iopm01: u64,
+    /// Inter-processor interrupts.
+    pub ipis: Ipis,
+    /// Access to the processor's own local APIC.
+    pub apic: LocalApic,
+    /// CPUID leaf 0x8000_000A of the hardware.
+    pub svm: CpuidResult,
+    /// The Hyper-V interface is offered.
+    pub enlighten: bool,
+    /// Hooks for tests are offered.
+    pub test_hooks: bool,
+}
+
+impl Shared {
+    /// Makes processor `cpu` leave its guest, if it runs one, or its wait.
+    pub fn kick(&self, cpu: usize) {
+        let Some(apic_id) = self.ipis.apic_id(cpu) else { return };
+        if self.ipis.start_kick(cpu) {
+            // SAFETY: the target runs L0, whose NMI handler counts the kick, or a guest, whose NMIs are intercepted.
+            unsafe { self.apic.send_preserving_icr(apic_id, hw::apic::ICR_ASSERT | hw::apic::ICR_NMI) };
+        }
+    }
+
+    /// Kicks processor n for each bit n of `cpus`.
+    pub fn kick_all(&self, mut cpus: u32) {
+        while cpus != 0 {
+            self.kick(cpus.trailing_zeros() as usize);
+            cpus &= cpus - 1;
+        }
+    }
+}
