@@ -93,6 +93,9 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "boot", args: "test=boot modules=2", modules: TWO_FILES, cpus: 4, ..BASE },
     Scenario { name: "boot", args: "test=boot modules=2", modules: TWO_FILES, cpus: 2, machine: BOCHS, ..BASE },
     Scenario { name: "boot-16-processors", args: "test=boot", cpus: 16, ..BASE },
+    Scenario { name: "hypercall-selftest", args: "test=hypercall", ..BASE },
+    Scenario { name: "hypercall-selftest", args: "test=hypercall", machine: BOCHS, ..BASE },
+    Scenario { name: "hypercall-selftest-control", args: "test=hypercall corrupt=yes", expect: Expect::Failure("failed: Long SUCCESS"), ..BASE },
     Scenario { name: "unhandled-exception", args: "test=unhandled", expect: Expect::Failure("unhandled: #UD"), ..BASE },
     Scenario { name: "nested-fault", args: "test=nested", expect: Expect::Failure("nested fault on one interrupt stack: #BP"), ..BASE },
     // The small hypervisor on the emulator itself: the control of what it finds on the L0 hypervisor.

@@ -12,6 +12,8 @@ pub const CODE: u16 = 0x08;
 /// The kernel's data segment.
 pub const DATA: u16 = 0x10;
 const TASK: u16 = 0x18;
+/// A 32-bit code segment over the low 4 GiB, for code that runs in compatibility mode.
+pub const CODE32: u16 = 0x28;
 
 /// The five stacks that exceptions and interrupts run on, by their number in the interrupt stack table.
 ///
@@ -52,7 +54,7 @@ pub struct Cpu {
     pub apic_id: u32,
     /// Which interrupt stacks hold a frame.
     pub(crate) busy: [AtomicBool; STACKS + 1],
-    gdt: [u64; 5],
+    gdt: [u64; 6],
     tss: Tss,
     stacks: [Stack; STACKS],
 }
@@ -65,7 +67,7 @@ impl Cpu {
             index: 0,
             apic_id: 0,
             busy: [const { AtomicBool::new(false) }; STACKS + 1],
-            gdt: [0; 5],
+            gdt: [0; 6],
             tss: Tss([0; 26]),
             stacks: [const { Stack([0; STACK_BYTES]) }; STACKS],
         }
@@ -92,7 +94,7 @@ impl Cpu {
         state.tss.0[25] = 104 << 16;
         let tss = cpu as u64 + offset_of!(Cpu, tss) as u64;
         let low = 103 | (tss & 0xFF_FFFF) << 16 | 0x89 << 40 | (tss >> 24 & 0xFF) << 56;
-        state.gdt = [0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, low, tss >> 32];
+        state.gdt = [0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, low, tss >> 32, 0x00CF_9B00_0000_FFFF];
         let pointer = TablePointer::new(state.gdt.as_ptr() as u64, size_of_val(&state.gdt));
         // SAFETY: the descriptors describe flat segments and a TSS that live as long as the image; `gs` is loaded with
         // the null selector first, then its base through the MSR.

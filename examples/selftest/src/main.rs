@@ -3,7 +3,13 @@
 #![cfg_attr(not(freestanding), allow(dead_code, reason = "a hosted build is for lints and documentation"))]
 
 mod boot;
+mod caller;
+mod host;
+mod hypercall;
 
+// Linked so that an image with all four shows that they need no operating system.
+use nsvm as _;
+use nvmx as _;
 use rt::{BootInfo, ExitCode, println};
 
 rt::entry!(image);
@@ -13,6 +19,7 @@ fn image(boot: &'static BootInfo) -> ExitCode {
     println!("selftest: {test}");
     match test {
         "boot" => boot::run(boot),
+        "hypercall" => hypercall::run(boot),
         "unhandled" => boot::unhandled_exception(),
         "nested" => boot::nested_fault(),
         "panic" => panic!("as asked"),
