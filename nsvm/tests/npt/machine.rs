@@ -228,7 +228,7 @@ pub fn pool(pages: usize) -> PagePool<'static> {
 
 /// A machine and shadow tables with `context(format)` active and the tag fresh.
 pub fn start(format: NptFormat) -> (Machine, NptShadow<'static>) {
-    let mut shadow = shadow(64);
+    let mut shadow = shadow(16);
     shadow.activate(context(format));
     shadow.tag_retired();
     (Machine::new(), shadow)

@@ -5,4 +5,5 @@ mod faults;
 mod fill;
 mod invalidate;
 mod machine;
+mod property;
 mod sequence;
