@@ -100,6 +100,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "nested-fault", args: "test=nested", expect: Expect::Failure("nested fault on one interrupt stack: #BP"), ..BASE },
     // The small hypervisor on the emulator itself: the control of what it finds on the L0 hypervisor.
     Scenario { name: "svm-bare", image: "l1", ..BASE },
+    Scenario { name: "svm-bare-4-processors", image: "l1", cpus: 4, ..BASE },
     Scenario { name: "svm-bare", image: "l1", machine: Machine::Qemu("EPYC-Rome,+svm"), ..BASE },
     // The L0 hypervisor with the runtime's own test as its guest.
     Scenario { name: "l0-boot", image: "l0", modules: RUNTIME_AS_L1, ..BASE },

@@ -8,15 +8,19 @@ mod bench;
 mod bitmaps;
 mod global;
 mod guest;
+mod hyperv;
+mod l2;
 #[allow(dead_code, reason = "as the VMCB")]
 mod npt;
 mod scenarios;
+mod smp;
 #[allow(dead_code, reason = "a table of the architecture: scenarios use what they need of it")]
 mod vmcb;
 
 use core::fmt;
 use global::Global;
 use guest::Guest;
+use rt::cpu::MAX_CPUS;
 use rt::{BootInfo, ExitCode};
 use scenarios::SCENARIOS;
 
@@ -52,25 +56,35 @@ pub mod frames {
     }
 }
 
-static GUEST: Global<Guest> = Global::new(Guest::new());
+static GUESTS: [Global<Guest>; MAX_CPUS] = [const { Global::new(Guest::new()) }; MAX_CPUS];
 
-/// The guest of the boot processor; a scenario sets it up anew.
+/// The guest of this processor; a scenario sets it up anew.
 pub fn cpu_guest() -> &'static mut Guest {
-    GUEST.get()
+    GUESTS[rt::cpu::current().index as usize].get()
 }
 
-fn run(boot: &'static BootInfo) -> ExitCode {
+/// Makes this processor one that can run guests.
+pub fn enable_svm() -> bool {
     if hw::svm::capabilities().is_none() {
         rt::println!("no SVM on this processor");
-        return ExitCode::Failure;
+        return false;
     }
     // SAFETY: SVM is there, and the page frame is given away.
     if !unsafe { hw::svm::enable(frames::page()) } {
         rt::println!("SVM is disabled in VM_CR");
-        return ExitCode::Failure;
+        return false;
     }
     // SAFETY: long mode processors have NX; nested tables use it, and EFER.NXE of the host decides whether they may.
     unsafe { hw::msr::wrmsr(hw::msr::EFER, hw::msr::rdmsr(hw::msr::EFER) | hw::msr::EFER_NXE) };
+    true
+}
+
+fn run(boot: &'static BootInfo) -> ExitCode {
+    let cpus = boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1);
+    if !enable_svm() || !smp::start(cpus) {
+        rt::println!("not all processors came");
+        return ExitCode::Failure;
+    }
     if boot.argument("bench").is_some() {
         return match bench::run() {
             Ok(()) => ExitCode::Success,

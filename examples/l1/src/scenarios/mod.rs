@@ -5,6 +5,8 @@
 
 mod events;
 mod exits;
+mod flush;
+mod flush_rules;
 mod paging;
 
 use crate::Failure;
@@ -49,4 +51,11 @@ scenarios! {
     "npt-accessed-dirty" => paging::npt_accessed_dirty;
     "asids" => paging::asids;
     "asid-reuse" => paging::asid_reuse;
+    "flush-control" => flush::control;
+    "flush-direct" => flush::direct;
+    "flush-preconditions" => flush_rules::preconditions;
+    "flush-other-calls" => flush_rules::other_calls;
+    "flush-refused-input" => flush_rules::refused_input;
+    "flush-synthetic-exit" => flush_rules::synthetic_exit;
+    "flush-unreadable-partition-assist" => flush_rules::unreadable_partition_assist;
 }
