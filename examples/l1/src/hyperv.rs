@@ -3,8 +3,8 @@
 //! This is what an enlightened L1 does: identify itself, enable the VP assist page of each processor, set
 //! DirectHypercall there, and describe each L2 processor in its VMCB. Used by the flush scenarios.
 
-use crate::frames;
 use crate::vmcb::Vmcb;
+use crate::{Failure, frames};
 use core::sync::atomic::{AtomicU64, Ordering};
 use hvcore::client::HostOffer;
 use rt::cpu::MAX_CPUS;
@@ -17,7 +17,7 @@ const OS_ID: u64 = 1 << 63 | 0x7F << 56 | 1;
 static ASSIST: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
 
 /// True when a Hyper-V-compatible host offers direct flush.
-pub fn offers_direct_flush() -> bool {
+fn offers_direct_flush() -> bool {
     if hw::cpu::cpuid(1, 0).ecx & cpuid::LEAF1_ECX_HYPERVISOR_PRESENT == 0 {
         return false;
     }
@@ -25,6 +25,11 @@ pub fn offers_direct_flush() -> bool {
     let hv1 = hw::cpu::cpuid(cpuid::LEAF_INTERFACE, 0).eax == cpuid::INTERFACE_HV1;
     hv1 && range.eax >= cpuid::LEAF_NESTED_OPTIMIZATIONS
         && hw::cpu::cpuid(cpuid::LEAF_NESTED_OPTIMIZATIONS, 0).eax >> 17 & 1 != 0
+}
+
+/// Skips a scenario where no host offers direct flush.
+pub fn needs_direct_flush() -> Result<(), Failure> {
+    if offers_direct_flush() { Ok(()) } else { Err(Failure::Missing("a host that offers direct flush")) }
 }
 
 /// What the host offers to this hypervisor and, through it, to its guests.

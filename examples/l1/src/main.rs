@@ -26,23 +26,27 @@ use scenarios::SCENARIOS;
 
 rt::entry!(run);
 
-/// A check that did not hold.
+/// Why a scenario did not pass.
 #[derive(Clone, Copy, Debug)]
-pub struct Failure {
-    what: &'static str,
-    seen: u64,
-    wanted: u64,
+pub enum Failure {
+    /// A check did not hold.
+    Check { what: &'static str, seen: u64, wanted: u64 },
+    /// The machine lacks what the scenario is about.
+    Missing(&'static str),
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {:#x}, wanted {:#x}", self.what, self.seen, self.wanted)
+        match self {
+            Self::Check { what, seen, wanted } => write!(f, "{what}: {seen:#x}, wanted {wanted:#x}"),
+            Self::Missing(what) => f.write_str(what),
+        }
     }
 }
 
 /// Demands that `seen` is `wanted`.
 pub fn check(what: &'static str, seen: u64, wanted: u64) -> Result<(), Failure> {
-    if seen == wanted { Ok(()) } else { Err(Failure { what, seen, wanted }) }
+    if seen == wanted { Ok(()) } else { Err(Failure::Check { what, seen, wanted }) }
 }
 
 /// Page frames for tables and test pages.
@@ -95,12 +99,18 @@ fn run(boot: &'static BootInfo) -> ExitCode {
         };
     }
     let wanted = boot.argument("scenario").unwrap_or("all");
-    let (mut passed, mut failed) = (0, 0);
+    // `skip=no`: this machine has all that the scenarios want, so a skipped one is a failure.
+    let may_skip = boot.argument("skip") != Some("no");
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for scenario in SCENARIOS.iter().filter(|s| wanted == "all" || s.name == wanted) {
         match (scenario.run)() {
             Ok(()) => {
                 passed += 1;
                 rt::println!("PASS {}", scenario.name);
+            }
+            Err(Failure::Missing(what)) if may_skip => {
+                skipped += 1;
+                rt::println!("SKIP {}: {what}", scenario.name);
             }
             Err(failure) => {
                 failed += 1;
@@ -108,6 +118,6 @@ fn run(boot: &'static BootInfo) -> ExitCode {
             }
         }
     }
-    rt::println!("{passed} passed, {failed} failed");
+    rt::println!("{passed} passed, {failed} failed, {skipped} skipped");
     if failed == 0 && passed > 0 { ExitCode::Success } else { ExitCode::Failure }
 }

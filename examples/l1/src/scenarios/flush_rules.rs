@@ -92,18 +92,9 @@ impl Caller {
 
 const SUCCESS: HypercallResult = HypercallResult::new(HvStatus::SUCCESS, 0);
 
-macro_rules! needs_host {
-    () => {
-        if !hyperv::offers_direct_flush() {
-            rt::println!("  no host that offers direct flush");
-            return Ok(());
-        }
-    };
-}
-
 /// Each thing that a direct flush needs, missing in turn; and all there, as the control.
 pub fn preconditions() -> Outcome {
-    needs_host!();
+    hyperv::needs_direct_flush()?;
     check("the host recommends remote flushes", u64::from(hyperv::offer().remote_flush), 1)?;
     Caller::flush().done(SUCCESS)?;
 
@@ -124,7 +115,7 @@ pub fn preconditions() -> Outcome {
 
 /// Calls that are not among the four flushes go to this hypervisor.
 pub fn other_calls() -> Outcome {
-    needs_host!();
+    hyperv::needs_direct_flush()?;
     for code in [
         CallCode::SEND_SYNTHETIC_CLUSTER_IPI,
         CallCode::POST_MESSAGE,
@@ -139,7 +130,7 @@ pub fn other_calls() -> Outcome {
 
 /// The host judges a direct flush by the same rules as one from L1.
 pub fn refused_input() -> Outcome {
-    needs_host!();
+    hyperv::needs_direct_flush()?;
     let flush = HypercallInput::new(CallCode::FLUSH_VIRTUAL_ADDRESS_SPACE).with_fast();
     let caller = Caller::flush();
     caller.set_input(flush.with_reps(1, 0));
@@ -157,7 +148,7 @@ pub fn refused_input() -> Outcome {
 
 /// A lock count makes the host leave L2 right after the flush; without one L2 goes on.
 pub fn synthetic_exit() -> Outcome {
-    needs_host!();
+    hyperv::needs_direct_flush()?;
     let caller = Caller::flush();
     caller.set_lock_count(1);
     let seen = caller.guest.expect(exit::HV_ENLIGHTENED)?;
@@ -176,7 +167,7 @@ pub fn synthetic_exit() -> Outcome {
 
 /// A partition assist page that cannot be read: the flush is done, the status says that something was wrong.
 pub fn unreadable_partition_assist() -> Outcome {
-    needs_host!();
+    hyperv::needs_direct_flush()?;
     for address in [1 << 50, 0x7FF0_0000_0008] {
         let caller = Caller::flush();
         caller.guest.vmcb.set_hv_partition_assist(address);
