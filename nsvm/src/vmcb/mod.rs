@@ -206,7 +206,7 @@ pub struct Save {
 }
 
 /// One VMCB: 4 KiB, page aligned.
-#[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[derive(Clone, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C, align(4096))]
 pub struct Vmcb {
     /// 0x000: the head of the control area.

@@ -1,0 +1,106 @@
+//! Hardware ASIDs: one pool per physical CPU, two tags (L1 and L2) per virtual processor.
+//!
+//! A tag names an ASID of one generation of one CPU's pool. It is good as long as the VP stays on that CPU and the
+//! generation lasts; a VP that moved, or whose tag was retired, gets a fresh ASID that no entry of this generation
+//! was made under. When the ASIDs are used up the pool starts a new generation, whose first entry flushes everything.
+//! Nothing here is shared: a pool belongs to its CPU, a tag to its VP.
+
+use crate::vmcb::bits::tlb;
+
+/// A lease on a hardware ASID, kept per VP and level. The default names none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tag {
+    cpu: u32,
+    asid: u32,
+    /// Zero is no generation of any pool.
+    generation: u64,
+    /// The entries under the tag are to be flushed at the next entry (only where the processor can flush by ASID).
+    flush: bool,
+}
+
+impl Tag {
+    /// Gives the lease up: nothing cached under it is used again.
+    #[inline]
+    pub const fn retire(&mut self) {
+        self.generation = 0;
+    }
+
+    /// Asks for the tag's entries to be gone by the next entry: by a flush of the ASID where the processor has one,
+    /// else by a fresh ASID.
+    #[inline]
+    pub const fn invalidate(&mut self) {
+        self.flush = true;
+    }
+}
+
+/// What a VM entry has to put in the VMCB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Assigned {
+    /// The ASID, never 0.
+    pub asid: u32,
+    /// TLB_CONTROL, see [`tlb`].
+    pub tlb_control: u8,
+}
+
+/// The ASIDs of one physical CPU. ASID 0 is the host's.
+#[derive(Clone, Debug)]
+pub struct AsidPool {
+    cpu: u32,
+    limit: u32,
+    next: u32,
+    generation: u64,
+    flush_all: bool,
+    flush_by_asid: bool,
+}
+
+impl AsidPool {
+    /// A pool for physical CPU `cpu` whose processor has `count` ASIDs (CPUID 0x8000_000A EBX, at least 2) and, with
+    /// `flush_by_asid`, TLB_CONTROL 3 (EDX bit 6). `None` for fewer than 2 ASIDs.
+    ///
+    /// Nothing is assumed of the TLB: the first entry flushes it.
+    pub const fn new(cpu: u32, count: u32, flush_by_asid: bool) -> Option<Self> {
+        if count < 2 {
+            return None;
+        }
+        Some(Self { cpu, limit: count, next: 1, generation: 1, flush_all: true, flush_by_asid })
+    }
+
+    /// The ASID and TLB_CONTROL to enter `tag`'s context with; a tag that is not good here becomes one that is.
+    #[inline]
+    pub fn assign(&mut self, tag: &mut Tag) -> Assigned {
+        let current = tag.generation == self.generation && tag.cpu == self.cpu;
+        if !current || (tag.flush && !self.flush_by_asid) {
+            self.lease(tag);
+        }
+        let tlb_control = if self.flush_all {
+            tlb::ALL
+        } else if tag.flush {
+            tlb::ASID
+        } else {
+            tlb::NONE
+        };
+        Assigned { asid: tag.asid, tlb_control }
+    }
+
+    fn lease(&mut self, tag: &mut Tag) {
+        if self.next >= self.limit {
+            self.generation = self.generation.wrapping_add(1);
+            self.next = 1;
+            self.flush_all = true;
+        }
+        *tag = Tag { cpu: self.cpu, asid: self.next, generation: self.generation, flush: false };
+        self.next = self.next.wrapping_add(1);
+    }
+
+    /// The VM entry that [`assign`](Self::assign) was for happened, so its flush did.
+    #[inline]
+    pub const fn entered(&mut self, tag: &mut Tag) {
+        self.flush_all = false;
+        tag.flush = false;
+    }
+
+    /// The next entry on this CPU flushes every ASID.
+    pub const fn flush_all(&mut self) {
+        self.flush_all = true;
+    }
+}

@@ -1,0 +1,304 @@
+//! Events that wait for L1: NMI, INIT and, for embedders that take physical interrupts themselves, an interrupt.
+//!
+//! An event that L1 intercepts makes L2 exit and stays pending, as it does on the processor: L1 takes it after STGI.
+//! NMI blocking is kept here, because the embedder intercepts NMIs: it ends when an IRET has been executed, which is
+//! found by the IRET intercept and one single step.
+
+use hvcore::addr::Level;
+use hvcore::memory::GuestMemory;
+
+use crate::exit_code;
+use crate::machine::Machine;
+use crate::state::NestedSvm;
+use crate::vmcb::Vmcb;
+use crate::vmcb::bits::{DR6_BS, Event, int_ctl, int_state, misc1, rflags};
+use crate::vmexit::Exit;
+
+/// Vector of #DB.
+const DB: u8 = 1;
+/// Vector of #SX, raised with error code 1 by an INIT that VM_CR.R_INIT redirects.
+const SX: u8 = 30;
+/// VM_CR.R_INIT.
+const VM_CR_R_INIT: u64 = 1 << 1;
+
+/// Progress from an injected NMI to the end of its blocking.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Blocking {
+    /// NMIs are not blocked.
+    #[default]
+    Off,
+    /// Blocked; IRET is intercepted.
+    On,
+    /// At an IRET, about to be executed under a single step; blocked until it has been.
+    AtIret(u64),
+}
+
+/// Pending events of one VP.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Events {
+    /// An NMI waits; further ones merge with it.
+    nmi: bool,
+    init: bool,
+    interrupt: Option<u8>,
+    blocking: Blocking,
+    /// A single step of the library's own is under way; holds the guest's own TF.
+    step: Option<bool>,
+    /// The V_IRQ of the VMCB in use is a window of the library's own.
+    window: bool,
+}
+
+impl Events {
+    #[inline]
+    const fn any(&self) -> bool {
+        self.nmi || self.init || self.interrupt.is_some() || self.step.is_some()
+    }
+
+    /// True when the IRET intercept is the library's.
+    #[inline]
+    pub(crate) const fn watches_iret(&self) -> bool {
+        matches!(self.blocking, Blocking::On)
+    }
+
+    /// Exceptions that are intercepted for the library's sake.
+    #[inline]
+    pub(crate) const fn watched_exceptions(&self) -> u32 {
+        (self.step.is_some() as u32) << DB
+    }
+}
+
+/// What becomes of pending events before an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Delivery {
+    /// Go on; `soon` when something waits behind the event that is being injected.
+    Run { soon: bool },
+    /// INIT reaches L1.
+    Init,
+    /// L1's VMCB is gone.
+    Shutdown,
+}
+
+impl NestedSvm {
+    /// An NMI for L1. Held while GIF is clear or NMIs are blocked; further ones merge with it.
+    #[inline]
+    pub const fn pend_nmi(&mut self) {
+        self.events.nmi = true;
+    }
+
+    /// An INIT for L1. Held while GIF is clear; makes an L2 exit if L1 intercepts it.
+    #[inline]
+    pub const fn pend_init(&mut self) {
+        self.events.init = true;
+    }
+
+    /// Interrupt `vector` for L1, or `None` to withdraw it. For embedders that intercept physical interrupts; it
+    /// replaces what was pending. [`pending_interrupt`](Self::pending_interrupt) tells when it
+    /// went.
+    #[inline]
+    pub const fn pend_interrupt(&mut self, vector: Option<u8>) {
+        self.events.interrupt = vector;
+    }
+
+    /// The interrupt that still waits; `None` once it was injected.
+    #[inline]
+    pub const fn pending_interrupt(&self) -> Option<u8> {
+        self.events.interrupt
+    }
+
+    /// True while L1's virtual interrupt is kept from L2: behind a window of the library's own, or GIF is clear.
+    #[inline]
+    pub(crate) fn withholds_virq(&self) -> bool {
+        let soft_gif_clear = self.control.int_ctl & int_ctl::V_GIF_ENABLE != 0
+            && !self.hardware_vgif()
+            && self.control.int_ctl & int_ctl::V_GIF == 0;
+        self.events.window || soft_gif_clear || !self.gif
+    }
+
+    /// Routes what is pending.
+    #[inline]
+    pub(crate) fn deliver<G: ?Sized, M: GuestMemory + ?Sized, C: ?Sized>(
+        &mut self,
+        m: &mut Machine<'_, G, M, C>,
+    ) -> Delivery {
+        if self.events.any() { self.deliver_pending(m) } else { Delivery::Run { soon: false } }
+    }
+
+    #[cold]
+    fn deliver_pending<G: ?Sized, M: GuestMemory + ?Sized, C: ?Sized>(
+        &mut self,
+        m: &mut Machine<'_, G, M, C>,
+    ) -> Delivery {
+        if let Some(code) = self.exit_for_event(m) {
+            self.cancel_step(m.vmcb02);
+            self.close_window();
+            if self.vmexit(m, Exit::simple(code)).is_err() {
+                return Delivery::Shutdown;
+            }
+        }
+        if !self.gif {
+            return Delivery::Run { soon: false };
+        }
+        if self.events.init {
+            if self.vm_cr & VM_CR_R_INIT == 0 {
+                self.events.init = false;
+                return Delivery::Init;
+            }
+            let vmcb = current(self.level, m);
+            if vmcb.control.event_inj & Event::VALID == 0 {
+                self.events.init = false;
+                vmcb.inject_exception(SX, Some(1));
+            }
+        }
+        self.inject_pending(m)
+    }
+
+    /// The exit that a pending event makes L2 take, by priority: INIT, NMI, interrupt.
+    fn exit_for_event<G: ?Sized, M: ?Sized, C: ?Sized>(&self, m: &Machine<'_, G, M, C>) -> Option<u64> {
+        if self.level == Level::L1 || !self.gif {
+            return None;
+        }
+        let wants = self.control.intercepts.misc1;
+        if self.events.init && wants & misc1::INIT != 0 {
+            return Some(exit_code::INIT);
+        }
+        if self.nmi_ready(m.vmcb02) && wants & misc1::NMI != 0 {
+            return Some(exit_code::NMI);
+        }
+        let open = self.interrupts_open(m.vmcb01, m.vmcb02);
+        (self.events.interrupt.is_some() && wants & misc1::INTR != 0 && open).then_some(exit_code::INTR)
+    }
+
+    /// True when a physical interrupt for L1 would be recognised in the level that runs.
+    fn interrupts_open(&self, vmcb01: &Vmcb, vmcb02: &Vmcb) -> bool {
+        match self.level {
+            Level::L2 if self.control.int_ctl & int_ctl::V_INTR_MASKING != 0 => Self::l1_if(vmcb01),
+            Level::L2 => if_open(vmcb02),
+            Level::L1 => if_open(vmcb01),
+        }
+    }
+
+    const fn nmi_ready(&self, vmcb: &Vmcb) -> bool {
+        let unblocked = match self.events.blocking {
+            Blocking::Off => true,
+            Blocking::On => false,
+            Blocking::AtIret(rip) => vmcb.save.rip != rip,
+        };
+        self.events.nmi && unblocked
+    }
+
+    /// Injects an NMI or interrupt into the level that runs, or arranges to be back as soon as that is possible.
+    fn inject_pending<G: ?Sized, M: ?Sized, C: ?Sized>(&mut self, m: &mut Machine<'_, G, M, C>) -> Delivery {
+        let open = self.interrupts_open(m.vmcb01, m.vmcb02);
+        let vmcb = current(self.level, m);
+        if vmcb.control.event_inj & Event::VALID != 0 {
+            // Behind an event that goes first: be back right after it.
+            let soon = self.events.nmi || self.events.interrupt.is_some();
+            return Delivery::Run { soon };
+        }
+        if self.events.nmi {
+            let shadow = vmcb.control.int_state & int_state::SHADOW != 0;
+            if self.nmi_ready(vmcb) && !shadow {
+                self.cancel_step(vmcb);
+                self.events.nmi = false;
+                self.events.blocking = Blocking::On;
+                vmcb.control.event_inj = Event::nmi().raw();
+                vmcb.control.intercepts.misc1 |= misc1::IRET;
+                return Delivery::Run { soon: self.events.interrupt.is_some() };
+            }
+            if !self.events.watches_iret() {
+                self.start_step(vmcb);
+            }
+        }
+        if let Some(vector) = self.events.interrupt {
+            if open {
+                self.events.interrupt = None;
+                vmcb.control.event_inj = Event::interrupt(vector).raw();
+                return Delivery::Run { soon: false };
+            }
+            // With V_INTR_MASKING it waits for L1's own RFLAGS.IF, not for L2's.
+            self.events.window = self.level == Level::L1 || self.control.int_ctl & int_ctl::V_INTR_MASKING == 0;
+        }
+        Delivery::Run { soon: false }
+    }
+
+    /// True when a window for an interrupt is to be open in the VMCB that runs next.
+    #[inline]
+    pub(crate) const fn window(&self) -> bool {
+        self.events.window
+    }
+
+    /// The window did its work, or its level stopped running.
+    #[inline]
+    pub(crate) const fn close_window(&mut self) {
+        self.events.window = false;
+    }
+
+    fn start_step(&mut self, vmcb: &mut Vmcb) {
+        if self.events.step.is_none() {
+            self.events.step = Some(vmcb.save.rflags & rflags::TF != 0);
+            vmcb.save.rflags |= rflags::TF;
+            vmcb.control.intercepts.exceptions |= 1 << DB;
+        }
+    }
+
+    /// Takes the library's own single step and IRET watch out of `vmcb`, which stops running or was reached by them.
+    pub(crate) fn cancel_step(&mut self, vmcb: &mut Vmcb) {
+        if let Some(own) = self.events.step.take() {
+            if !own {
+                vmcb.save.rflags &= !rflags::TF;
+            }
+            vmcb.control.intercepts.exceptions &= !(1 << DB);
+        }
+    }
+
+    /// An exit that the library caused for its own ends: IRET watch, single step, interrupt window. `true` when it was
+    /// and is dealt with.
+    #[inline]
+    pub(crate) fn own_exit(&mut self, vmcb: &mut Vmcb, code: u64) -> bool {
+        match code {
+            exit_code::IRET if self.events.watches_iret() => {
+                vmcb.control.intercepts.misc1 &= !misc1::IRET;
+                self.events.blocking = Blocking::AtIret(vmcb.save.rip);
+                true
+            }
+            exit_code::VINTR if self.events.window => {
+                self.events.window = false;
+                true
+            }
+            DB_EXIT if self.events.step.is_some() => self.step_done(vmcb),
+            _ => false,
+        }
+    }
+
+    #[cold]
+    fn step_done(&mut self, vmcb: &mut Vmcb) -> bool {
+        let at_iret = matches!(self.events.blocking, Blocking::AtIret(_));
+        let own = self.events.step.unwrap_or_default();
+        if at_iret {
+            // IRET loaded RFLAGS: TF is the guest's.
+            self.events.step = Some(true);
+            self.events.blocking = Blocking::Off;
+        }
+        self.cancel_step(vmcb);
+        if own {
+            // The guest steps itself: this trap is its own.
+            vmcb.inject_exception(DB, None);
+        } else {
+            vmcb.save.dr6 &= !DR6_BS;
+        }
+        true
+    }
+}
+
+const DB_EXIT: u64 = exit_code::EXCEPTION | DB as u64;
+
+const fn if_open(vmcb: &Vmcb) -> bool {
+    vmcb.save.rflags & rflags::IF != 0 && vmcb.control.int_state & int_state::SHADOW == 0
+}
+
+/// The VMCB of the level that runs.
+fn current<'a, G: ?Sized, M: ?Sized, C: ?Sized>(level: Level, m: &'a mut Machine<'_, G, M, C>) -> &'a mut Vmcb {
+    match level {
+        Level::L1 => m.vmcb01,
+        Level::L2 => m.vmcb02,
+    }
+}
