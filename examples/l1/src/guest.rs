@@ -74,15 +74,20 @@ impl Guest {
 
     /// Runs the guest until its next exit.
     pub fn run(&mut self) -> Exit {
+        // SAFETY: EFER.SVME is set on every processor before a scenario runs.
+        unsafe { hw::svm::clgi() };
+        let exit = self.run_closed();
+        // SAFETY: as above.
+        unsafe { hw::svm::stgi() };
+        exit
+    }
+
+    /// Runs the guest until its next exit; GIF is clear before and after.
+    pub fn run_closed(&mut self) -> Exit {
         let vmcb = (&raw mut self.vmcb) as u64;
         self.vmcb.set_rax(self.gprs.rax);
-        // SAFETY: EFER.SVME is set on every processor before a scenario runs; the guest's code is this image's own,
-        // or sees only what its nested page table maps.
-        unsafe {
-            hw::svm::clgi();
-            switch(&mut self.gprs, vmcb);
-            hw::svm::stgi();
-        }
+        // SAFETY: GIF is clear; the guest's code is this image's own, or sees only what its nested page table maps.
+        unsafe { switch(&mut self.gprs, vmcb) };
         self.gprs.rax = self.vmcb.rax();
         Exit { code: self.vmcb.exit_code(), info1: self.vmcb.exit_info1(), info2: self.vmcb.exit_info2() }
     }

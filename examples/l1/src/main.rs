@@ -84,6 +84,11 @@ pub fn enable_svm() -> bool {
 }
 
 fn run(boot: &'static BootInfo) -> ExitCode {
+    // SAFETY: masking both 8259s: their BIOS vectors are those of exceptions, and nothing here uses them.
+    unsafe {
+        hw::port::outb(0x21, 0xFF);
+        hw::port::outb(0xA1, 0xFF);
+    }
     let cpus = boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1);
     if !enable_svm() || !smp::start(cpus) {
         rt::println!("not all processors came");

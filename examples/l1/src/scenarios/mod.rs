@@ -7,6 +7,8 @@ mod events;
 mod exits;
 mod flush;
 mod flush_rules;
+mod interrupts;
+mod modes;
 mod paging;
 
 use crate::Failure;
@@ -51,6 +53,17 @@ scenarios! {
     "npt-accessed-dirty" => paging::npt_accessed_dirty;
     "asids" => paging::asids;
     "asid-reuse" => paging::asid_reuse;
+    "real-mode" => modes::real_mode;
+    "protected-mode" => modes::protected_mode;
+    "32-bit-paging" => modes::paging_32;
+    "pae" => modes::pae;
+    "every-processor" => modes::every_processor;
+    "pending-interrupt" => interrupts::pending_interrupt;
+    "masked-interrupt" => interrupts::masked_interrupt;
+    "interrupt-while-running" => interrupts::interrupt_while_running;
+    "nmi-while-running" => interrupts::nmi_while_running;
+    "nmi-and-gif" => interrupts::nmi_and_gif;
+    "interrupt-and-gif" => interrupts::interrupt_and_gif;
     "flush-control" => flush::control;
     "flush-direct" => flush::direct;
     "flush-preconditions" => flush_rules::preconditions;
