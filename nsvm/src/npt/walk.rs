@@ -16,9 +16,9 @@ const ATTEMPTS: usize = 8;
 /// Why L1's tables do not let an access through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WalkFault {
-    /// An entry is not present, or lies where L1 has no memory, or the address is wider than the tables.
+    /// An entry is not present, or the address is wider than the tables.
     NotPresent,
-    /// An entry has a reserved bit set.
+    /// An entry has a reserved bit set, or lies where L1 has no memory.
     Reserved,
     /// All entries are present and the rights do not suffice.
     Rights,
@@ -66,7 +66,7 @@ fn look<M: GuestMemory + ?Sized>(
     let mut level = format.levels();
     loop {
         let at = format.entry_address(table, level, gpa).ok_or(WalkFault::NotPresent)?;
-        let entry = read_entry(memory, format, at)?;
+        let entry = read_entry(memory, format, at);
         if entry & P == 0 {
             return Err(WalkFault::NotPresent);
         }
@@ -103,10 +103,13 @@ fn look<M: GuestMemory + ?Sized>(
     }
 }
 
-/// Reads an entry. Where L1 has no memory there is no entry either.
-fn read_entry<M: GuestMemory + ?Sized>(memory: &M, format: NptFormat, at: L1Gpa) -> Result<u64, WalkFault> {
-    let entry = if format.entry_bytes() == 4 { memory.read_u32(at).map(u64::from) } else { memory.read_u64(at) };
-    entry.map_err(|_| WalkFault::NotPresent)
+/// Reads an entry. Where L1 has no memory it reads as all ones, as from a bus that nobody answers on.
+fn read_entry<M: GuestMemory + ?Sized>(memory: &M, format: NptFormat, at: L1Gpa) -> u64 {
+    if format.entry_bytes() == 4 {
+        memory.read_u32(at).map_or(u64::from(u32::MAX), u64::from)
+    } else {
+        memory.read_u64(at).unwrap_or(u64::MAX)
+    }
 }
 
 /// Sets `bits` in the entry that was read as `step.entry`. False when it is another entry by now: more than accessed

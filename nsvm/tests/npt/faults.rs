@@ -78,11 +78,21 @@ fn the_present_bit_is_l1s() {
     assert_eq!(reflected(fault(&mut shadow, &machine, GPA, WRITE | FINAL)), 0x1_0000_0007);
 }
 
+/// Nobody answers there, so all bits of the entry are set, reserved ones among them.
 #[test]
-fn tables_outside_l1s_memory_are_not_present() {
-    let (machine, mut shadow) = start(LONG);
-    machine.set(slot(LONG, TOP, 4, GPA), 0x77_0000 | ALL);
-    assert_eq!(reflected(fault(&mut shadow, &machine, GPA, READ | FINAL)), 0x1_0000_0004);
+fn tables_outside_l1s_memory_read_as_all_ones() {
+    for (format, table) in [(LONG, 0x77_0000 | ALL), (PAE, 0x77_0000 | P), (LEGACY, 0x77_0000 | ALL)] {
+        let (machine, mut shadow) = start(format);
+        machine.set_entry(format, slot(format, TOP, format.levels(), GPA), table);
+        let outcome = fault(&mut shadow, &machine, GPA, READ | FINAL);
+        if format == LEGACY {
+            // No bit of a 4-byte entry of the last level is reserved.
+            assert!(matches!(outcome, NptOutcome::Resume), "{outcome:?}");
+            assert_eq!(lookup(&shadow, GPA).unwrap().0 & 0x000F_FFFF_FFFF_F000, HOST + 0xFFFF_F000);
+        } else {
+            assert_eq!(reflected(outcome), 0x1_0000_000D);
+        }
+    }
 }
 
 #[test]
@@ -172,6 +182,8 @@ fn each_reserved_bit_faults_and_no_other_does() {
             let at = slot(case.format, table, case.level, GPA);
             assert_eq!(fault(&mut shadow, &machine, GPA, READ | FINAL), NptOutcome::Resume);
             machine.set_entry(case.format, at, machine.get_entry(case.format, at) | 1 << bit);
+            // Where an address bit leads to: memory, so that no entry there is all ones.
+            machine.back(machine.get_entry(case.format, at) & 0x000F_FFFF_FFFF_F000);
             let outcome = fault(&mut shadow, &machine, GPA, READ | FINAL);
             let faulted = matches!(outcome, NptOutcome::Reflect { info1: 0x1_0000_000D, info2: GPA });
             let expected = case.bits >> bit & 1 != 0;

@@ -49,10 +49,9 @@ fn naive(machine: &Machine, format: NptFormat, error: u64) -> Answer {
     for level in (1..=format.levels()).rev() {
         let shift = 12 + index_bits * (u32::from(level) - 1);
         let at = slot(format, table, level, GPA);
-        if !machine.pages.borrow().contains_key(&(at & !0xFFF)) {
-            return Answer { ends: Err(0), marks: vec![] };
-        }
-        let entry = machine.get_entry(format, at);
+        let backed = machine.pages.borrow().contains_key(&(at & !0xFFF));
+        let ones = if legacy { 0xFFFF_FFFF } else { u64::MAX };
+        let entry = if backed { machine.get_entry(format, at) } else { ones };
         let (reserved, leaf) = kind(format, level, entry);
         if entry & P == 0 {
             return Answer { ends: Err(0), marks: vec![] };
@@ -64,7 +63,9 @@ fn naive(machine: &Machine, format: NptFormat, error: u64) -> Answer {
             user &= entry & U != 0;
             write &= entry & W != 0;
             execute &= legacy || entry & NX == 0;
-            passed.push((at, A));
+            if backed {
+                passed.push((at, A));
+            }
         }
         let address = if legacy { entry & 0xFFFF_F000 } else { entry & range(51, 12) };
         if !leaf {
@@ -75,7 +76,7 @@ fn naive(machine: &Machine, format: NptFormat, error: u64) -> Answer {
         if refused {
             return Answer { ends: Err(1), marks: vec![] };
         }
-        if error & 2 != 0 {
+        if error & 2 != 0 && backed {
             passed.last_mut().unwrap().1 |= D;
         }
         let start = if legacy && level == 2 { (entry & 0xFFC0_0000) | (entry >> 13 & 0xFF) << 32 } else { address };
@@ -115,7 +116,7 @@ fn one(format: NptFormat, random: &mut Random, shadow: &mut NptShadow<'_>) -> bo
         Ok(l1) => {
             assert_eq!(outcome, NptOutcome::Resume, "{format:?} {error:#x}");
             let (entry, _) = lookup(shadow, GPA).unwrap();
-            assert_eq!(entry & range(51, 12), HOST + (l1 & !0xFFF), "{format:?} {error:#x}");
+            assert_eq!(entry & range(51, 12), (HOST + l1) & range(51, 12), "{format:?} {error:#x}");
         }
         Err(found) => {
             let fetch = if format.nxe && format.entry_bytes() == 8 { 0x10 } else { 0 };
