@@ -1,6 +1,7 @@
 //! What the library's intake needs of an embedder, on this image: registers of an exception frame, a window of memory,
 //! and a host that remembers what was asked of it.
 
+use core::sync::atomic::{AtomicU8, Ordering};
 use hvcore::addr::L1Gpa;
 use hvcore::hypercall::calls::*;
 use hvcore::hypercall::{Answer, Declaration, Gpr, Hypercall, Input, Output, Privileges, Registers, Xmm};
@@ -90,11 +91,14 @@ impl GuestMemory for Window {
         Ok(())
     }
 
-    // No hypercall compares and exchanges.
-    fn compare_exchange_u8(&self, _: L1Gpa, _: u8, _: u8) -> Result<Result<u8, u8>, MemoryError> {
-        Err(MemoryError)
+    fn compare_exchange_u8(&self, gpa: L1Gpa, current: u8, new: u8) -> Result<Result<u8, u8>, MemoryError> {
+        let byte = self.pointer(gpa, 1)?;
+        // SAFETY: inside the window, as in `read`; atomics need no alignment beyond a byte's.
+        let byte = unsafe { AtomicU8::from_ptr(byte) };
+        Ok(byte.compare_exchange(current, new, Ordering::SeqCst, Ordering::SeqCst))
     }
 
+    // No hypercall compares and exchanges more than a byte.
     fn compare_exchange_u32(&self, _: L1Gpa, _: u32, _: u32) -> Result<Result<u32, u32>, MemoryError> {
         Err(MemoryError)
     }
@@ -123,7 +127,7 @@ pub struct Host {
     /// The last flush.
     pub flush: Option<Flush>,
     /// The last argument of HvCallNotifyLongSpinWait.
-    pub spins: u64,
+    pub spins: u32,
     /// How many elements [`Double`] does at a time.
     pub portion: usize,
     /// How often [`Double`] was served.
@@ -161,7 +165,7 @@ impl FlushVirtual for Host {
 }
 
 impl LongSpinWait for Host {
-    fn notify_long_spin_wait(&mut self, spins: u64) -> Answer {
+    fn notify_long_spin_wait(&mut self, spins: u32) -> Answer {
         self.spins = spins;
         Answer::Done
     }

@@ -20,17 +20,18 @@
 //!    HV_STATUS_INVALID_ALIGNMENT; not translatable, readable or writable HV_STATUS_INVALID_HYPERCALL_INPUT
 //! 7. the call's parameters
 //!
-//! A call that fails before its handler runs reports zero reps completed.
+//! A call that fails in steps 2 to 6 reports zero reps completed; one that fails later reports the total, which
+//! includes the reps before its start index.
 //!
 //! # Example
 //!
 //! ```
 //! use hvcore::hypercall::{Answer, calls::{LongSpinWait, NotifyLongSpinWait}};
 //!
-//! struct Host { spins: u64 }
+//! struct Host { spins: u32 }
 //!
 //! impl LongSpinWait for Host {
-//!     fn notify_long_spin_wait(&mut self, spins: u64) -> Answer {
+//!     fn notify_long_spin_wait(&mut self, spins: u32) -> Answer {
 //!         self.spins = spins;
 //!         Answer::Done
 //!     }

@@ -247,10 +247,13 @@ impl Places {
         if overlap {
             return Err(Reply::status(HvStatus::INVALID_ALIGNMENT));
         }
-        Ok(Self {
-            input: translate(memory, input, layout.input, Access::Read)?,
-            output: translate(memory, output, layout.output, Access::Write)?,
-        })
+        let input = translate(memory, input, layout.input, Access::Read)?;
+        let output = translate(memory, output, layout.output, Access::Write)?;
+        if let Some(gpa) = output {
+            // Writable is found out before the handler acts: an exchange of zero for zero changes nothing.
+            let _ = memory.memory().compare_exchange_u8(gpa, 0, 0).map_err(|_| INVALID_INPUT)?;
+        }
+        Ok(Self { input, output })
     }
 
     /// Copies the `len` bytes of input to `room`.
