@@ -1,3 +1,5 @@
-//! Reference models and the machine model that the tests and fuzz targets run on.
+//! Reference models, the machine model, and the harnesses that compare the library with them.
 
+pub mod harness;
 pub mod model;
+pub mod reference;
