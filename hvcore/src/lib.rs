@@ -9,6 +9,7 @@
 
 pub mod addr;
 pub mod client;
+pub mod flush;
 pub mod hypercall;
 pub mod memory;
 pub mod shadow;
