@@ -32,10 +32,15 @@ const VM: u64 = 0x77;
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn check(mutant: Mutant, model: impl Fn() + Sync + Send + 'static) {
+    check_bounded(mutant, 3, model);
+}
+
+/// As `check`, with a number of preemptions: three threads have too many interleavings for three.
+fn check_bounded(mutant: Mutant, preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
     let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     mutant::set(mutant);
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(3);
+    builder.preemption_bound = Some(preemptions);
     builder.max_branches = 2_000;
     builder.check(model);
 }
@@ -299,21 +304,49 @@ fn mutant_consumed_by_a_failed_entry_is_found() {
     failed_entry(Mutant::ConsumeOnFailure);
 }
 
-/// Two initiators, one target, and a queue with room for one entry: the other overflows, and only one kicks.
-#[test]
-fn two_initiators() {
-    check(Mutant::None, || {
+/// Two initiators, one target, and a queue with room for one entry: the other overflows.
+fn two_initiators(mutant: Mutant) {
+    check_bounded(mutant, 2, || {
         let world = World::new(1, 2);
         let mut cpu = world.cpu(0);
         cpu.run_short(Level::L1);
         let target = loom::thread::spawn(move || {
-            cpu.run(Level::L1);
+            cpu.run_short(Level::L1);
             cpu.run_short(Level::L1);
         });
         let other = loom::thread::spawn(move || world.flush(|scratch| world.l1(scratch, OTHER)));
         world.initiate(|scratch| world.l1(scratch, PAGE));
         target.join().unwrap();
         other.join().unwrap();
+    });
+}
+
+#[test]
+fn two_initiators_and_an_overflow() {
+    two_initiators(Mutant::None);
+}
+
+#[test]
+#[should_panic]
+fn mutant_mark_before_entry_is_found_among_two() {
+    two_initiators(Mutant::KickBeforePublish);
+}
+
+/// Two initiators of a running target that only a kick brings out: one of them kicks, whichever comes first.
+#[test]
+fn one_of_two_initiators_kicks() {
+    check_bounded(Mutant::None, 2, || {
+        let world = World::new(1, 2);
+        let mut cpu = world.cpu(0);
+        cpu.prepare(Level::L1);
+        let post = move || {
+            let mut scratch = Shootdown::new();
+            assert_eq!(world.l1(&mut scratch, PAGE), Posted::Wait);
+            scratch.kicks().count()
+        };
+        let first = loom::thread::spawn(post);
+        let second = loom::thread::spawn(post);
+        assert_eq!(first.join().unwrap() + second.join().unwrap(), 1);
     });
 }
 
@@ -427,11 +460,11 @@ fn mutant_no_fence_is_found() {
 /// Second stage: a root and a range of it, in a queue with room for one.
 #[test]
 fn second_stage_requests() {
-    check(Mutant::None, || {
+    check_bounded(Mutant::None, 2, || {
         let world = World::new(1, 2);
         let mut cpu = world.nested(context(VM, 5));
         let target = loom::thread::spawn(move || {
-            cpu.run(Level::L2);
+            cpu.run_short(Level::L2);
             cpu.run_short(Level::L2);
         });
         let root = L1Gpa::new(0x4000);
