@@ -7,30 +7,14 @@ use super::post::{Fill, Kind, L1Gva, L2Gva, L2SecondStage, Many, Nothing, One, P
 use super::queue::GvaQueue;
 use super::range::SecondStageItem;
 use super::shootdown::{Bits, Posted, Shootdown, Tally};
-use super::sync::{Ordering, fence};
+use super::sync::{AtomicU64, Ordering, fence};
 use super::vp::{LocalFlush, VpFlush};
 use super::word::{self, Marks};
 use crate::addr::L1Gpa;
+use crate::vp_index::{Lookup, VpIndexMap};
 use arrayvec::ArrayVec;
 use tlfs_abi::flush::RangeFormat;
 use tlfs_abi::vp_set::{SparseVpSet, VpSet};
-
-/// Which VP has which index: the flush engine's view of the VP-index map.
-pub trait VpSlots {
-    /// The slot of the VP with this index; `None` when no such VP is online.
-    fn slot(&self, vp_index: u32) -> Option<u16>;
-}
-
-/// The map of a partition whose VP indexes are the slots.
-#[derive(Clone, Copy, Debug)]
-pub struct IdentitySlots;
-
-impl VpSlots for IdentitySlots {
-    #[inline]
-    fn slot(&self, vp_index: u32) -> Option<u16> {
-        u16::try_from(vp_index).ok()
-    }
-}
 
 /// Which GVA translations a request is about. The address space that a call names is not part of it: ranges are flushed
 /// in every address space of the tag, which is legal and what hardware offers.
@@ -129,7 +113,7 @@ impl<'a, const DEPTH: usize> FlushDomain<'a, DEPTH> {
     /// Flushes L1's translations on the VPs of `set`: a call from L1, or the embedder's own.
     pub fn flush_l1(
         &self,
-        map: &(impl VpSlots + ?Sized),
+        map: &VpIndexMap<'_>,
         set: VpSet<'_>,
         scope: GvaScope<'_>,
         scratch: &mut Shootdown,
@@ -198,11 +182,12 @@ impl<'a, const DEPTH: usize> FlushDomain<'a, DEPTH> {
         scratch.posted()
     }
 
-    /// Posts to the slots of `bitmaps` that `wanted` says.
+    /// Posts to the slots of word `at` of a bitmap that `wanted` says.
     #[inline]
-    fn bitmap<K, F>(
+    fn word<K, F>(
         &self,
-        bitmap: impl Iterator<Item = u64>,
+        at: usize,
+        word: u64,
         wanted: impl Fn(&VpFlush<DEPTH>) -> bool,
         fill: &F,
         mark: u64,
@@ -211,15 +196,32 @@ impl<'a, const DEPTH: usize> FlushDomain<'a, DEPTH> {
         K: Kind<DEPTH>,
         F: Fill<K::Queue>,
     {
-        for (at, (word, chunk)) in bitmap.zip(self.vps.chunks(64)).enumerate() {
-            let mut tally = Tally::default();
-            for bit in Bits(word) {
-                let Some(vp) = chunk.get(usize::from(bit)) else { break };
-                if wanted(vp) {
-                    post::<DEPTH, K, F>(vp, fill, mark, 1 << bit, &mut tally);
-                }
+        let rest = self.vps.get(at.wrapping_mul(64)..).unwrap_or_default();
+        let mut tally = Tally::default();
+        for bit in Bits(word) {
+            let Some(vp) = rest.get(usize::from(bit)) else { break };
+            if wanted(vp) {
+                post::<DEPTH, K, F>(vp, fill, mark, 1 << bit, &mut tally);
             }
-            scratch.add(at, tally);
+        }
+        scratch.add(at, tally);
+    }
+
+    /// Posts to the slots of a bitmap that `wanted` says.
+    #[inline]
+    fn bitmap<K, F>(
+        &self,
+        bitmap: &[AtomicU64],
+        wanted: impl Fn(&VpFlush<DEPTH>) -> bool,
+        fill: &F,
+        mark: u64,
+        scratch: &mut Shootdown,
+    ) where
+        K: Kind<DEPTH>,
+        F: Fill<K::Queue>,
+    {
+        for (at, word) in bitmap.iter().enumerate() {
+            self.word::<K, F>(at, word.load(Ordering::Acquire), &wanted, fill, mark, scratch);
         }
     }
 }
@@ -262,13 +264,13 @@ trait Targets {
     );
 }
 
-/// VPs by VP index.
-struct L1Targets<'t, M: ?Sized> {
-    map: &'t M,
+/// VPs by VP index. One that is not online yet has no translations.
+struct L1Targets<'t> {
+    map: &'t VpIndexMap<'t>,
     set: VpSet<'t>,
 }
 
-impl<M: VpSlots + ?Sized> Targets for L1Targets<'_, M> {
+impl Targets for L1Targets<'_> {
     #[inline]
     fn each<const DEPTH: usize, K: Kind<DEPTH>, F: Fill<K::Queue>>(
         &self,
@@ -277,27 +279,22 @@ impl<M: VpSlots + ?Sized> Targets for L1Targets<'_, M> {
         mark: u64,
         scratch: &mut Shootdown,
     ) {
-        match self.set {
-            VpSet::All => {
-                for (at, chunk) in domain.vps.chunks(64).enumerate() {
-                    let mut tally = Tally::default();
-                    let mut bit = 1;
-                    for vp in chunk {
-                        post::<DEPTH, K, F>(vp, fill, mark, bit, &mut tally);
-                        bit <<= 1;
-                    }
-                    scratch.add(at, tally);
-                }
+        for (bank, known) in self.map.banks(&self.set) {
+            let at = bank as usize;
+            if let Some(slots) = self.map.slot_word(known) {
+                domain.word::<K, F>(at, slots, |_| true, fill, mark, scratch);
+                continue;
             }
-            VpSet::Sparse(set) => {
-                let mut scatter = Scatter::new(scratch);
-                for vp_index in set {
-                    let Some(slot) = self.map.slot(vp_index) else { continue };
-                    let Some(vp) = domain.vps.get(usize::from(slot)) else { continue };
-                    post::<DEPTH, K, F>(vp, fill, mark, 1 << (slot & 63), scatter.at(slot));
-                }
-                scatter.finish();
+            let mut scatter = Scatter::new(scratch);
+            for bit in Bits(known) {
+                let Lookup::Known(slot) = self.map.lookup(bank.wrapping_mul(64).wrapping_add(u32::from(bit))) else {
+                    continue;
+                };
+                let Some(vp) = domain.vps.get(slot.number()) else { continue };
+                let slot = slot.number() as u16;
+                post::<DEPTH, K, F>(vp, fill, mark, 1 << (slot & 63), scatter.at(slot));
             }
+            scatter.finish();
         }
     }
 }
@@ -339,18 +336,17 @@ impl L2Targets<'_> {
     /// Looks at each VP of a bitmap.
     fn scan<const DEPTH: usize, K: Kind<DEPTH>, F: Fill<K::Queue>>(
         &self,
-        bitmap: &[super::sync::AtomicU64],
+        bitmap: &[AtomicU64],
         set: SparseVpSet<'_>,
         domain: &FlushDomain<'_, DEPTH>,
         fill: &F,
         mark: u64,
         scratch: &mut Shootdown,
     ) {
-        let words = bitmap.iter().map(|word| word.load(Ordering::Acquire));
         let wanted = |vp: &VpFlush<DEPTH>| {
             vp.identity.is_of_vm(self.vm_id) && vp.identity.vp_id().is_some_and(|vp_id| set.contains(vp_id))
         };
-        domain.bitmap::<K, F>(words, wanted, fill, mark, scratch);
+        domain.bitmap::<K, F>(bitmap, wanted, fill, mark, scratch);
     }
 }
 
@@ -366,8 +362,7 @@ impl Targets for L2Targets<'_> {
         let of_vm = domain.index.of_vm(self.vm_id);
         match self.set {
             VpSet::All => {
-                let words = of_vm.iter().map(|word| word.load(Ordering::Acquire));
-                domain.bitmap::<K, F>(words, |vp| vp.identity.is_of_vm(self.vm_id), fill, mark, scratch);
+                domain.bitmap::<K, F>(of_vm, |vp| vp.identity.is_of_vm(self.vm_id), fill, mark, scratch);
             }
             // A set that names more than there are: look at those that there are.
             VpSet::Sparse(set) if u64::from(set.count()) > domain.index.count(self.vm_id) => {
@@ -390,6 +385,8 @@ impl Targets for Nested {
         scratch: &mut Shootdown,
     ) {
         let wanted = |vp: &VpFlush<DEPTH>| vp.word.load(Ordering::Relaxed) & word::NESTED != 0;
-        domain.bitmap::<K, F>(core::iter::repeat(!0), wanted, fill, mark, scratch);
+        for at in 0..domain.vps.len().div_ceil(64) {
+            domain.word::<K, F>(at, !0, wanted, fill, mark, scratch);
+        }
     }
 }

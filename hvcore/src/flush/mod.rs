@@ -15,9 +15,10 @@
 //! another second-stage root retires what was there ([`LocalFlush::set_context`]). So "last entered" is all there is to
 //! look for.
 //!
-//! May be called by hypercall handlers, `nvmx`, `nsvm` and the embedder; uses `tlfs-abi` and [`crate::addr`].
+//! May be called by hypercall handlers, `nvmx`, `nsvm` and the embedder; uses `tlfs-abi`, [`crate::addr`] and [`crate::vp_index`].
 //! It never sleeps, spins or sends a kick itself.
 
+mod calls;
 mod domain;
 mod index;
 #[doc(hidden)]
@@ -31,7 +32,8 @@ mod sync;
 mod vp;
 mod word;
 
-pub use domain::{FlushDomain, GvaScope, IdentitySlots, SecondStageScope, VpSlots};
+pub use calls::FlushCalls;
+pub use domain::{FlushDomain, GvaScope, SecondStageScope};
 pub use index::{IndexError, NestedContext, NestedIds, TargetIndex};
 
 pub use range::{GvaWidth, SecondStageItem};
