@@ -27,6 +27,11 @@ impl Msrpm {
         self.0 = [0; 8192];
     }
 
+    /// Every MSR exits.
+    pub fn fill(&mut self) {
+        self.0 = [0xFF; 8192];
+    }
+
     pub fn intercept(&mut self, msr: u32, read: bool, write: bool) {
         let (range, first) = match msr {
             0..=0x1FFF => (0, 0),
@@ -45,6 +50,11 @@ impl Msrpm {
 impl Iopm {
     pub fn clear(&mut self) {
         self.0 = [0; 12288];
+    }
+
+    /// Every port exits.
+    pub fn fill(&mut self) {
+        self.0 = [0xFF; 12288];
     }
 
     pub fn intercept(&mut self, port: u16) {

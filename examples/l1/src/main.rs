@@ -104,6 +104,9 @@ fn run(boot: &'static BootInfo) -> ExitCode {
         };
     }
     let wanted = boot.argument("scenario").unwrap_or("all");
+    if let Some(tries) = boot.argument("hostile").and_then(|n| n.parse().ok()) {
+        scenarios::hostile::set_tries(tries);
+    }
     // `skip=no`: this machine has all that the scenarios want, so a skipped one is a failure.
     let may_skip = boot.argument("skip") != Some("no");
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);

@@ -329,3 +329,9 @@ pub fn registers() -> Outcome {
     check("rdi from the stack", guest.gprs.rdi, 0x1122_3344_5566_7788)?;
     check("rbx", guest.gprs.rbx, 0x0303_0303_0303_0303)
 }
+
+/// A program that only stops.
+#[unsafe(naked)]
+pub unsafe extern "C" fn nothing() {
+    naked_asm!("hlt")
+}

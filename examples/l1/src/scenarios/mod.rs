@@ -7,6 +7,7 @@ mod events;
 mod exits;
 mod flush;
 mod flush_rules;
+pub mod hostile;
 mod interrupts;
 mod modes;
 mod paging;
@@ -64,6 +65,7 @@ scenarios! {
     "nmi-while-running" => interrupts::nmi_while_running;
     "nmi-and-gif" => interrupts::nmi_and_gif;
     "interrupt-and-gif" => interrupts::interrupt_and_gif;
+    "hostile-vmcbs" => hostile::vmcbs;
     "flush-control" => flush::control;
     "flush-direct" => flush::direct;
     "flush-preconditions" => flush_rules::preconditions;
