@@ -7,6 +7,7 @@ mod ctx;
 mod images;
 mod machine;
 mod qemu_test;
+mod run_l1;
 mod scenarios;
 mod setup;
 mod stages;
@@ -33,6 +34,8 @@ enum Command {
     Test(test::Args),
     /// Boot bare-metal images on emulated machines and check what they report
     QemuTest(qemu_test::Args),
+    /// Boot the L0 hypervisor with a kernel of your own as L1
+    RunL1(run_l1::Args),
 }
 
 fn run(cli: Cli) -> Result<()> {
@@ -40,6 +43,7 @@ fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Test(args) => test::run(&ctx, args),
         Command::QemuTest(args) => qemu_test::run(&ctx, args),
+        Command::RunL1(args) => run_l1::run(&ctx, args),
     }
 }
 
