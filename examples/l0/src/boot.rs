@@ -10,7 +10,8 @@ use spin::{Mutex, Once};
 
 use crate::fatal::{self, give_up};
 use crate::ipi::{Ipis, MAX_CPUS};
-use crate::loader::{self, Entry, Module, Region};
+use crate::linux;
+use crate::loader::{self, Module, Region};
 use crate::memory::{FOUR_GIB, L1Memory, Range};
 use crate::npt01::{self, Npt01, TablePage};
 use crate::permissions::{Access, IoMap, MsrMap};
@@ -53,7 +54,14 @@ static VPS: Reserve<[[u8; size_of::<Pages>()]; MAX_CPUS]> =
 static HEAP: Reserve<[u8; 4 << 20]> = Reserve(UnsafeCell::new([0; 4 << 20]));
 
 static SHARED: Once<Shared> = Once::new();
-static ENTRY: Mutex<Option<Entry>> = Mutex::new(None);
+static ENTRY: Mutex<Option<Start>> = Mutex::new(None);
+
+/// How L1's boot processor starts.
+#[derive(Clone, Copy, Debug)]
+enum Start {
+    Multiboot(loader::Entry),
+    Linux(linux::Entry),
+}
 
 #[cfg(freestanding)]
 unsafe extern "C" {
@@ -148,8 +156,16 @@ fn load_l1(boot: &'static BootInfo, shared: &Shared, map: &[Region]) {
     let image = unsafe {
         core::slice::from_raw_parts(memory::phys_to_virt::<u8>(l1.start).cast_const(), (l1.end - l1.start) as usize)
     };
-    match loader::multiboot(&shared.memory, image, l1.command_line.as_bytes(), &modules, map) {
-        Ok(entry) => *ENTRY.lock() = Some(entry),
+    let line = l1.command_line.as_bytes();
+    let loaded = if linux::is_bzimage(image) {
+        // The first word is the file's name, which is not Linux's.
+        let line = line.iter().position(|&b| b == b' ').and_then(|at| line.get(at + 1..)).unwrap_or(b"");
+        linux::load(&shared.memory, image, line, modules.first(), &modules, map).map(Start::Linux)
+    } else {
+        loader::multiboot(&shared.memory, image, line, &modules, map).map(Start::Multiboot)
+    };
+    match loaded {
+        Ok(start) => *ENTRY.lock() = Some(start),
         Err(error) => give_up(format_args!("cannot load {}: {error:?}", l1.command_line)),
     }
 }
@@ -173,9 +189,12 @@ fn run(id: usize) -> ! {
         Err(failure) => give_up(format_args!("{failure:?} on cpu {id}")),
     };
     if id == 0
-        && let Some(entry) = ENTRY.lock().take()
+        && let Some(start) = ENTRY.lock().take()
     {
-        vp.start_multiboot(&entry);
+        match start {
+            Start::Multiboot(entry) => vp.start_multiboot(&entry),
+            Start::Linux(entry) => vp.start_linux(&entry),
+        }
     }
     let failure = vp.run();
     fatal::report(&vp, failure)

@@ -14,6 +14,8 @@ pub mod exits;
 pub mod fatal;
 pub mod fetch;
 pub mod ipi;
+pub mod l1map;
+pub mod linux;
 pub mod loader;
 pub mod memory;
 pub mod mmio;

@@ -66,15 +66,15 @@ pub enum LoadError {
     InfoTooLong,
 }
 
-fn u16_at(image: &[u8], at: usize) -> Option<u16> {
+pub(crate) fn u16_at(image: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_le_bytes(image.get(at..at.checked_add(2)?)?.try_into().ok()?))
 }
 
-fn u32_at(image: &[u8], at: usize) -> Option<u32> {
+pub(crate) fn u32_at(image: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(image.get(at..at.checked_add(4)?)?.try_into().ok()?))
 }
 
-fn u64_at(image: &[u8], at: usize) -> Option<u64> {
+pub(crate) fn u64_at(image: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_le_bytes(image.get(at..at.checked_add(8)?)?.try_into().ok()?))
 }
 
@@ -86,14 +86,14 @@ fn header(image: &[u8]) -> Option<(usize, u32)> {
     })
 }
 
-struct Target<'a, M: ?Sized> {
-    memory: &'a M,
-    modules: &'a [Module<'a>],
+pub(crate) struct Target<'a, M: ?Sized> {
+    pub(crate) memory: &'a M,
+    pub(crate) modules: &'a [Module<'a>],
 }
 
 impl<M: GuestMemory + ?Sized> Target<'_, M> {
     /// Copies `bytes` to `at` and clears up to `size` bytes from there.
-    fn segment(&self, at: u64, bytes: &[u8], size: u64) -> Result<(), LoadError> {
+    pub(crate) fn segment(&self, at: u64, bytes: &[u8], size: u64) -> Result<(), LoadError> {
         let range = Range { start: at, end: at.checked_add(size).ok_or(LoadError::BadImage)? };
         if self.modules.iter().any(|m| m.range.overlaps(range)) {
             return Err(LoadError::OverModule { at });

@@ -180,6 +180,16 @@ impl Vp {
         self.gprs.rbx = u64::from(entry.info);
     }
 
+    /// The state in which a Linux kernel starts.
+    pub fn start_linux(&mut self, entry: &crate::linux::Entry) {
+        self.start_flat(entry.eip);
+        let v = &mut self.pages.vmcb01;
+        v.save.cs.selector = 0x10;
+        data_segments(v, segment(0x18, 0xc93, u32::MAX, 0));
+        v.save.gdtr = segment(0, 0, 31, u64::from(entry.gdt));
+        self.gprs = Gprs { rsi: u64::from(entry.params), ..Gprs::default() };
+    }
+
     /// 32-bit protected mode at `eip`, flat segments with selectors 8 (code) and 0x10 (data).
     fn start_flat(&mut self, eip: u32) {
         self.init();
