@@ -89,8 +89,8 @@ pub fn run(ctx: &Ctx, args: Args) -> Result<()> {
     setup::need(ctx, setup::QEMU)?;
     let mut log = Log::create(ctx, "run-l1")?;
     let target = images::choose(ctx, Freestanding::Auto)?;
-    let images = images::build(ctx, &mut log, target)
-        .map_err(|e| format!("{e} (details: {})", log.path().display()))?;
+    let images =
+        images::build(ctx, &mut log, target).map_err(|e| format!("{e} (details: {})", log.path().display()))?;
     let monitor = std::env::temp_dir().join(format!("run-l1-{}.sock", std::process::id()));
     let _ = fs::remove_file(&monitor);
     let mut child = command(&args, &images.path("l0"), &monitor)

@@ -43,6 +43,7 @@ control_register!(cr0, write_cr0, "cr0");
 control_register!(cr2, write_cr2, "cr2");
 control_register!(cr3, write_cr3, "cr3");
 control_register!(cr4, write_cr4, "cr4");
+control_register!(cr8, write_cr8, "cr8");
 
 /// Clears RFLAGS.IF.
 #[inline]

@@ -9,35 +9,20 @@ use rt::{BootInfo, ExitCode};
 use spin::{Mutex, Once};
 
 use crate::fatal::{self, give_up};
+use nsvm::caps::{Config, Features, Host};
+use nsvm::vmcb::bits::efer;
+
 use crate::ipi::{Ipis, MAX_CPUS};
+use crate::l1map::IdentityMap;
 use crate::linux;
 use crate::loader::{self, Module, Region};
+use crate::memory;
 use crate::memory::{FOUR_GIB, L1Memory, Range};
 use crate::npt01::{self, Npt01, TablePage};
-use crate::permissions::{Access, IoMap, MsrMap};
+use crate::permissions::{IOPM01, MSRPM01};
 use crate::say;
 use crate::shared::Shared;
 use crate::vp::{Pages, PagesPa, Vp};
-use crate::{debug, memory};
-
-/// MSRs that exit: what L0 or the library answers itself.
-static MSRPM01: MsrMap = {
-    let mut map = MsrMap::new();
-    map.intercept(msr::EFER, Access::Both);
-    map.intercept(msr::VM_CR, Access::Both);
-    map.intercept(msr::VM_HSAVE_PA, Access::Both);
-    map.intercept(msr::PAT, Access::Both);
-    map.intercept(msr::APIC_BASE, Access::Both);
-    map.intercept(msr::X2APIC_ICR, Access::Write);
-    map
-};
-
-/// Ports that exit: L0's own.
-static IOPM01: IoMap = {
-    let mut map = IoMap::new();
-    map.intercept(debug::PORT);
-    map
-};
 
 /// Memory that one owner takes once.
 #[repr(C, align(4096))]
@@ -51,7 +36,9 @@ static HOST_TABLES: [TablePage; 2 + 64] = [const { TablePage::new() }; 2 + 64];
 // Zero is a valid `Pages`: VMCBs are plain memory.
 static VPS: Reserve<[[u8; size_of::<Pages>()]; MAX_CPUS]> =
     Reserve(UnsafeCell::new([[0; size_of::<Pages>()]; MAX_CPUS]));
-static HEAP: Reserve<[u8; 4 << 20]> = Reserve(UnsafeCell::new([0; 4 << 20]));
+/// Stacks, per-processor state and shadow tables of all processors.
+const HEAP_BYTES: usize = 24 << 20;
+static HEAP: Reserve<[u8; HEAP_BYTES]> = Reserve(UnsafeCell::new([0; HEAP_BYTES]));
 
 static SHARED: Once<Shared> = Once::new();
 static ENTRY: Mutex<Option<Start>> = Mutex::new(None);
@@ -83,7 +70,7 @@ fn image() -> Range {
 pub fn main(boot: &'static BootInfo) -> ExitCode {
     let heap = HEAP.0.get() as u64;
     // SAFETY: `HEAP` is used for nothing else, and nothing has been allocated yet.
-    unsafe { rt::frames::use_region(rt::multiboot::Region { start: heap, end: heap + (4 << 20) }) };
+    unsafe { rt::frames::use_region(rt::multiboot::Region { start: heap, end: heap + HEAP_BYTES as u64 }) };
     rt::idt::on(2, nmi);
     let Some(svm) = svm::capabilities() else { give_up(format_args!("this processor has no SVM")) };
     if svm.edx & 1 == 0 {
@@ -122,6 +109,7 @@ fn shared(boot: &BootInfo, hole: Range, svm: cpu::CpuidResult) -> Shared {
     };
     // SAFETY: the new tables map everything that the runtime's do at the same addresses, and more.
     unsafe { cpu::write_cr3(cr3) };
+    let enlighten = boot.argument("enlighten") != Some("off");
     let address_bits = cpu::cpuid(0x8000_0008, 0).eax & 0xff;
     let Ok(npt) = Npt01::new(&NPT_PAGES, NPT_PAGES.as_ptr() as u64, hole, address_bits) else {
         give_up(format_args!("no pages for the nested tables"));
@@ -129,6 +117,10 @@ fn shared(boot: &BootInfo, hole: Range, svm: cpu::CpuidResult) -> Shared {
     Shared {
         // SAFETY: the firmware says that this is RAM, it is mapped, and L0's own memory is the hole.
         memory: unsafe { L1Memory::new(low_end, high_end, hole) },
+        l1map: IdentityMap { hole, ones: npt.ones(), address_bits },
+        address_bits,
+        gib_pages: cpu::cpuid(0x8000_0001, 0).edx & 1 << 26 != 0,
+        config: config(svm, address_bits, enlighten),
         ncr3: npt.root(),
         npt01: Mutex::new(npt),
         msrpm01: (&raw const MSRPM01) as u64,
@@ -137,8 +129,51 @@ fn shared(boot: &BootInfo, hole: Range, svm: cpu::CpuidResult) -> Shared {
         // SAFETY: L0's tables map the page uncached.
         apic: unsafe { LocalApic::new(memory::phys_to_virt(hw::apic::DEFAULT_BASE)) },
         svm,
-        enlighten: boot.argument("enlighten") != Some("off"),
+        enlighten,
         test_hooks: boot.command_line.split_ascii_whitespace().any(|w| w == "test-hooks"),
+    }
+}
+
+/// What L1 is offered of SVM: all that this processor and the library have.
+fn config(svm: cpu::CpuidResult, address_bits: u32, enlighten: bool) -> Config {
+    let (basic, structured, extended) = (cpu::cpuid(1, 0), cpu::cpuid(7, 0), cpu::cpuid(0x8000_0001, 0));
+    let bit = |word: u32, bit: u32| word >> bit & 1 != 0;
+    let cr4_bits = [
+        (11, bit(structured.ecx, 2)),
+        (12, bit(structured.ecx, 16)),
+        (16, bit(structured.ebx, 0)),
+        (17, bit(basic.ecx, 17)),
+        (18, bit(basic.ecx, 26)),
+        (20, bit(structured.ebx, 7)),
+        (21, bit(structured.ebx, 20)),
+        (22, bit(structured.ecx, 3)),
+        (23, bit(structured.ecx, 7)),
+    ];
+    // VME to OSXMMEXCPT are in every processor with SVM.
+    let cr4_valid = cr4_bits.iter().filter(|(_, has)| *has).fold(0x7ff, |bits, (n, _)| bits | 1 << n);
+    let mut efer_valid = efer::SCE | efer::LME | efer::LMA | efer::NXE | efer::SVME;
+    if bit(extended.edx, 25) {
+        efer_valid |= efer::FFXSR;
+    }
+    if bit(extended.ecx, 17) {
+        efer_valid |= efer::TCE;
+    }
+    let host = Host {
+        features: Features::from_edx(svm.edx),
+        phys_bits: address_bits as u8,
+        cr4_valid,
+        efer_valid,
+        intercepts: Host::intercepts_of(
+            bit(extended.edx, 27),
+            bit(basic.ecx, 3),
+            bit(basic.ecx, 26),
+            bit(cpu::cpuid(0x8000_0008, 0).ebx, 4),
+            bit(structured.ebx, 10),
+        ),
+    };
+    match Config::all(host, svm.ebx, enlighten) {
+        Ok(config) => config,
+        Err(error) => give_up(format_args!("SVM cannot be offered to L1: {error:?}")),
     }
 }
 
@@ -182,6 +217,8 @@ fn run(id: usize) -> ! {
         give_up(format_args!("processor {id} started too early, or is one too many"));
     };
     let pa = PagesPa::at(&raw const *pages as u64);
+    // SAFETY: long mode processors have NX; the nested tables use it, and the host's EFER decides whether they may.
+    unsafe { msr::wrmsr(msr::EFER, msr::rdmsr(msr::EFER) | msr::EFER_NXE) };
     // SAFETY: the runtime has loaded this processor's tables and TSS; `main` set the NMI handler.
     let vp = unsafe { Vp::new(id, shared, pages, pa) };
     let mut vp = match vp {
@@ -197,7 +234,7 @@ fn run(id: usize) -> ! {
         }
     }
     let failure = vp.run();
-    fatal::report(&vp, failure)
+    fatal::report(&mut vp, failure)
 }
 
 fn vp_pages(id: usize) -> Option<&'static mut Pages> {

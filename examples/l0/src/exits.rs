@@ -2,109 +2,129 @@
 //!
 //! Called by the run loop right after #VMEXIT, with GIF clear. Each kind of exit is one function.
 
+use hvcore::addr::Level;
 use hw::{apic, msr, port, svm};
+use nsvm::insn::Kind;
+use nsvm::{Fault, L1Exit, exit_code as code};
 
 use crate::cpuid;
 use crate::debug;
 use crate::fatal::Failure;
 use crate::mmio;
-use crate::npt01::Kind;
-use crate::vp::Vp;
-use nsvm::exit_code as code;
-use nsvm::vmcb::bits::{Event, misc1};
-
-const GP: u8 = 13;
-const UD: u8 = 6;
+use crate::nested::{self, Fetch};
+use crate::npt01::Kind as Page;
+use crate::vp::{Vp, machine};
 
 /// Carries out the exit that VMCB01 tells.
+#[inline]
 pub fn l1(vp: &mut Vp) -> Result<(), Failure> {
-    let exit = vp.pages.vmcb01.control.exit_code;
-    if vp.pages.vmcb01.control.exit_int_info & Event::VALID != 0 {
-        deliver_again(vp);
+    let fetch = Fetch { memory: &vp.shared.memory, walk: None };
+    match vp.nested.l1_exit(&mut machine!(vp, fetch)) {
+        L1Exit::Resume => Ok(()),
+        L1Exit::EnterL2(invalidate) => {
+            nested::enter_l2(vp, invalidate);
+            Ok(())
+        }
+        L1Exit::InvalidateAsid { asid } => {
+            vp.shadow.flush_asid(asid);
+            Ok(())
+        }
+        L1Exit::NotMine => shared(vp),
+        L1Exit::Shutdown => reset_machine(vp),
     }
+}
+
+/// Exits of either level that are L0's own. The VMCB of the level that runs tells them.
+pub fn shared(vp: &mut Vp) -> Result<(), Failure> {
+    let exit = vp.vmcb().control.exit_code;
     match exit {
         code::CPUID => cpuid_exit(vp),
         code::MSR => msr_exit(vp),
-        code::NPF => return npf(vp),
-        code::NMI => take_nmi(vp),
+        code::NPF => {
+            let control = &vp.vmcb().control;
+            let (gpa, info) = (control.exit_info_2, control.exit_info_1);
+            return npf(vp, gpa, info);
+        }
+        // The NMI is still pending: take it in L0's handler, which says whose it is.
+        // SAFETY: the run loop has loaded L0's TSS; its interrupt table is loaded always.
+        code::NMI => unsafe {
+            hw::cpu::cli();
+            svm::take_held_events();
+        },
         code::IOIO => io_exit(vp),
-        code::IRET => iret(vp),
-        // INIT lines of other processors never get through; one from outside resets L1's processor all the same.
-        code::INIT => vp.init(),
-        code::SHUTDOWN => reset_machine(vp),
-        code::VMRUN..=code::SKINIT | code::INVLPGA => vp.inject(UD, None),
+        // INIT lines of other processors never get through; one from outside reaches L1 all the same.
+        code::INIT => vp.nested.pend_init(),
+        code::SHUTDOWN => return reset_machine(vp),
+        code::VMMCALL => raise(vp, Fault::UD),
         _ if code::is_invalid(exit) => return Err(Failure::Vmcb01Refused),
         _ => return Err(Failure::UnexpectedExit),
     }
     Ok(())
 }
 
-/// An event was being delivered when L1 exited: deliver it again at the next entry, unless it is one of an instruction
-/// that will be executed again (INTn, INT3, INTO).
-fn deliver_again(vp: &mut Vp) {
-    let v = &mut vp.pages.vmcb01;
-    let event = v.control.exit_int_info;
-    let (kind, vector) = (event >> 8 & 7, event & 0xff);
-    let again = match (kind, vector) {
-        (4, _) | (3, 3 | 4) => return,
-        // TCG reports an interrupt as an exception when its delivery meets a nested page fault.
-        (3, 32..) => event & !(7 << 8),
-        _ => event,
-    };
-    v.control.event_inj = if again & Event::ERROR_VALID != 0 { again } else { again & 0xffff_ffff };
+/// Raises an exception in the level that runs.
+pub fn raise(vp: &mut Vp, fault: Fault) {
+    if vp.nested.level() == Level::L1 {
+        vp.pages.vmcb01.inject_exception(fault.vector, fault.error_code);
+        return;
+    }
+    let fetch = Fetch { memory: &vp.shared.memory, walk: None };
+    // If L1's VMCB is gone, the next exit finds that out.
+    let _ = vp.nested.raise_in_l2(&mut machine!(vp, fetch), fault);
 }
 
-/// Length of the intercepted instruction, whose opcode is `opcode` bytes long and has no operands: prefixes count.
-fn length(vp: &Vp, opcode: u64) -> u64 {
-    let (bytes, n) = vp.instruction();
-    let wide = vp.is_64bit();
-    let prefixes = bytes.iter().take(n).take_while(|&&b| {
-        matches!(b, 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3 | 0x2e | 0x36 | 0x3e | 0x26 | 0x64 | 0x65)
-            || (wide && b & 0xf0 == 0x40)
-    });
-    prefixes.count() as u64 + opcode
+/// Moves the guest past the instruction `kind` that exited; `false` when it is another one by now.
+#[inline]
+fn step_over(vp: &mut Vp, kind: Kind) -> bool {
+    let fetch = match vp.nested.level() {
+        Level::L1 => Fetch { memory: &vp.shared.memory, walk: None },
+        Level::L2 => nested::l2_fetch(vp),
+    };
+    vp.nested.step_over(&mut machine!(vp, fetch), kind)
 }
 
 fn cpuid_exit(vp: &mut Vp) {
-    let v = &vp.pages.vmcb01;
-    let (leaf, subleaf) = (v.save.rax as u32, vp.gprs.rcx as u32);
-    let r = cpuid::native(leaf, subleaf, v.save.cr4, vp.shared.enlighten);
-    vp.pages.vmcb01.save.rax = u64::from(r.eax);
+    if !step_over(vp, Kind::Cpuid) {
+        return;
+    }
+    let subleaf = vp.gprs.rcx as u32;
+    let (config, hypervisor) = (&vp.shared.config, vp.shared.enlighten);
+    let v = vp.vmcb();
+    let r = cpuid::answer(v.save.rax as u32, subleaf, v.save.cr4, config, hypervisor);
+    v.save.rax = u64::from(r.eax);
     vp.gprs.rbx = u64::from(r.ebx);
     vp.gprs.rcx = u64::from(r.ecx);
     vp.gprs.rdx = u64::from(r.edx);
-    let length = length(vp, 2);
-    vp.advance(length);
 }
 
 fn msr_exit(vp: &mut Vp) {
     let number = vp.gprs.rcx as u32;
-    let write = vp.pages.vmcb01.control.exit_info_1 & 1 != 0;
-    let done = if write {
-        let value = vp.gprs.rdx << 32 | vp.pages.vmcb01.save.rax & 0xffff_ffff;
-        write_msr(vp, number, value)
-    } else {
-        match read_msr(vp, number) {
-            Some(value) => {
-                vp.pages.vmcb01.save.rax = value & 0xffff_ffff;
-                vp.gprs.rdx = value >> 32;
-                true
+    let rax = vp.vmcb().save.rax;
+    let write = vp.vmcb().control.exit_info_1 & 1 != 0;
+    let kind = if write { Kind::Wrmsr } else { Kind::Rdmsr };
+    if write {
+        let value = vp.gprs.rdx << 32 | rax & 0xffff_ffff;
+        return match write_msr(vp, number, value) {
+            true => {
+                step_over(vp, kind);
             }
-            None => false,
+            false => raise(vp, Fault::GP),
+        };
+    }
+    match read_msr(vp, number) {
+        Some(value) => {
+            if step_over(vp, kind) {
+                vp.vmcb().save.rax = value & 0xffff_ffff;
+                vp.gprs.rdx = value >> 32;
+            }
         }
-    };
-    if done {
-        let length = length(vp, 2);
-        vp.advance(length);
-    } else {
-        vp.inject(GP, Some(0));
+        None => raise(vp, Fault::GP),
     }
 }
 
 fn read_msr(vp: &mut Vp, number: u32) -> Option<u64> {
     match number {
-        msr::EFER => Some(vp.pages.vmcb01.save.efer & !msr::EFER_SVME),
-        msr::PAT => Some(vp.pages.vmcb01.save.g_pat),
+        msr::PAT => Some(vp.vmcb().save.g_pat),
         msr::APIC_BASE => Some(vp.apic_base),
         _ => None,
     }
@@ -112,12 +132,11 @@ fn read_msr(vp: &mut Vp, number: u32) -> Option<u64> {
 
 fn write_msr(vp: &mut Vp, number: u32, value: u64) -> bool {
     match number {
-        msr::EFER => write_efer(vp, value),
         msr::PAT => {
             // Each byte is a memory type: 0, 1, 4, 5, 6 or 7.
             let legal = value.to_le_bytes().iter().all(|&t| matches!(t, 0 | 1 | 4..=7));
             if legal {
-                vp.pages.vmcb01.save.g_pat = value;
+                vp.vmcb().save.g_pat = value;
             }
             legal
         }
@@ -132,19 +151,6 @@ fn write_msr(vp: &mut Vp, number: u32, value: u64) -> bool {
         }
         _ => false,
     }
-}
-
-/// EFER as L1 writes it: bits that the processor knows, LMA and LME by the rules of paging.
-fn write_efer(vp: &mut Vp, value: u64) -> bool {
-    let v = &mut vp.pages.vmcb01;
-    let (old, paging) = (v.save.efer, v.save.cr0 & 1 << 31 != 0);
-    // SCE, LME, NXE, LMSLE, FFXSR, TCE; LMA is read-only and may be written as anything that it is.
-    let known = msr::EFER_SCE | msr::EFER_LME | msr::EFER_LMA | msr::EFER_NXE | 1 << 13 | 1 << 14 | 1 << 15;
-    if value & !known != 0 || (paging && (value ^ old) & msr::EFER_LME != 0) {
-        return false;
-    }
-    v.save.efer = value & !msr::EFER_LMA | old & msr::EFER_LMA | msr::EFER_SVME;
-    true
 }
 
 /// APIC_BASE as L1 sees it. The real APIC stays enabled where it is: L0 needs it. x2APIC mode is passed on.
@@ -180,60 +186,40 @@ fn write_apic_base(vp: &mut Vp, value: u64) -> bool {
     true
 }
 
-fn npf(vp: &mut Vp) -> Result<(), Failure> {
-    let (info, gpa) = (vp.pages.vmcb01.control.exit_info_1, vp.pages.vmcb01.control.exit_info_2);
-    let present = info & 1 != 0;
-    if present && info & 2 != 0 {
-        let kind = vp.shared.npt01.lock().kind(gpa);
-        if kind != Kind::Plain {
+/// A fault at `gpa`, an L1 GPA, in L0's own nested tables. `info` is EXITINFO1.
+pub fn npf(vp: &mut Vp, gpa: u64, info: u64) -> Result<(), Failure> {
+    const PRESENT: u64 = 1;
+    const WRITE: u64 = 1 << 1;
+    if info & (PRESENT | WRITE) == PRESENT | WRITE {
+        let kind = vp.shared.kind(gpa);
+        if kind != Page::Plain {
             return mmio::write(vp, gpa, kind);
         }
     }
-    if !present {
-        return match vp.shared.npt01.lock().map_gib(gpa) {
-            Ok(true) => Ok(()),
-            // Mapped meanwhile by another processor, or an address that the processor does not have.
-            Ok(false) if gpa >= crate::memory::FOUR_GIB => Ok(()),
-            Ok(false) => Err(Failure::UnexpectedFault),
-            Err(_) => Err(Failure::OutOfPages),
-        };
+    if info & PRESENT == 0 && gpa >= crate::memory::FOUR_GIB {
+        // `false`: another processor mapped it meanwhile.
+        return vp.shared.npt01.lock().map_gib(gpa).map(|_| ()).map_err(|_| Failure::OutOfPages);
     }
     Err(Failure::UnexpectedFault)
 }
 
-/// An NMI exit: the NMI is still pending. Take it in L0's handler, which says whose it is.
-fn take_nmi(vp: &mut Vp) {
-    let _ = vp;
-    // SAFETY: the run loop has loaded L0's TSS; its interrupt table is loaded always.
-    unsafe { svm::take_held_events() };
-}
-
-/// L1's NMI handler is about to return: NMIs are open again.
-fn iret(vp: &mut Vp) {
-    let v = &mut vp.pages.vmcb01;
-    v.control.intercepts.misc1 &= !misc1::IRET;
-    vp.nmi_masked = false;
-}
-
 /// The port of L0's messages: reads give ones, writes vanish.
 fn io_exit(vp: &mut Vp) {
-    let (info, next) = (vp.pages.vmcb01.control.exit_info_1, vp.pages.vmcb01.control.exit_info_2);
+    let v = vp.vmcb();
+    let (info, next) = (v.control.exit_info_1, v.control.exit_info_2);
     let string = info & 1 << 2 != 0;
     if info & 1 != 0 && !string {
-        let rax = vp.pages.vmcb01.save.rax;
-        let ones = match info >> 4 & 7 {
-            1 => rax | 0xff,
-            2 => rax | 0xffff,
+        v.save.rax = match info >> 4 & 7 {
+            1 => v.save.rax | 0xff,
+            2 => v.save.rax | 0xffff,
             _ => 0xffff_ffff,
         };
-        vp.pages.vmcb01.save.rax = ones;
     }
-    let length = next.wrapping_sub(vp.pages.vmcb01.save.rip);
-    vp.advance(length);
+    v.complete_instruction(next);
 }
 
 /// L1 shut down (a triple fault): the machine resets, as it would without L0.
-fn reset_machine(vp: &mut Vp) {
+pub fn reset_machine(vp: &mut Vp) -> Result<(), Failure> {
     debug::print(format_args!(
         "l0: cpu {}: L1 shut down at rip {:#x}: resetting the machine",
         vp.id, vp.pages.vmcb01.save.rip

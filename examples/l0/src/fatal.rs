@@ -3,7 +3,6 @@
 use hw::port;
 
 use crate::debug::print_dying;
-use crate::fetch;
 use crate::vp::Vp;
 use nsvm::vmcb::Vmcb;
 
@@ -19,8 +18,8 @@ pub enum Failure {
     SvmDisabled,
     /// VMRUN refused VMCB01: L0 built an illegal state.
     Vmcb01Refused,
-    /// VMRUN refused VMCB02, which passed the checks of VMCB12.
-    Vmcb02Refused,
+    /// The processor has too few ASIDs.
+    TooFewAsids,
     /// An exit that L0 did not ask for.
     UnexpectedExit,
     /// A nested page fault on an address that should be mapped.
@@ -36,16 +35,15 @@ pub fn give_up(args: core::fmt::Arguments<'_>) -> ! {
 }
 
 /// Ends the run with a screen about `vp`.
-pub fn report(vp: &Vp, failure: Failure) -> ! {
+pub fn report(vp: &mut Vp, failure: Failure) -> ! {
     print_dying(format_args!("l0: GAVE UP: {failure:?} on cpu {} after {} exits", vp.id, vp.exits));
     print_dying(format_args!("l0: VMCB01:"));
     vmcb(&vp.pages.vmcb01);
     print_dying(format_args!("l0: VMCB02:"));
     vmcb(&vp.pages.vmcb02);
     print_dying(format_args!("l0: {:x?}", vp.gprs));
-    let mut bytes = [0; 16];
-    let n = fetch::l1_bytes(&vp.shared.memory, &vp.paging(), vp.linear_rip(), &mut bytes);
-    print_dying(format_args!("l0: L1 code: {:02x?}", bytes.get(..n).unwrap_or(&[])));
+    let (bytes, n) = vp.instruction();
+    print_dying(format_args!("l0: {:?} code: {:02x?}", vp.nested.level(), bytes.get(..n).unwrap_or(&[])));
     end()
 }
 

@@ -4,7 +4,7 @@
 //! case the guest gets the length of what is there now.
 
 use hvcore::addr::L1Gpa;
-use hvcore::memory::{GuestMemory, MemoryError};
+use hvcore::memory::{Access, GuestMemory, MemoryError};
 
 const PRESENT: u64 = 1;
 const LARGE: u64 = 1 << 7;
@@ -82,31 +82,32 @@ impl Paging {
     }
 }
 
-/// Reads a table entry of `size` bytes (4 or 8) of L1 itself.
+/// Instruction bytes at linear address `la`, at most as many as `buf` takes; how many were got. `second` translates
+/// guest physical addresses to L1's: the identity for L1 itself.
 #[inline]
-pub fn read_entry<M: GuestMemory + ?Sized>(memory: &M, gpa: u64, size: usize) -> Result<u64, MemoryError> {
-    if size == 8 { memory.read_u64(L1Gpa::new(gpa)) } else { memory.read_u32(L1Gpa::new(gpa)).map(u64::from) }
-}
-
-/// Up to [`MAX_LENGTH`] instruction bytes of L1 at linear address `la`; how many were got.
-#[inline]
-pub fn l1_bytes<M: GuestMemory + ?Sized>(memory: &M, paging: &Paging, la: u64, buf: &mut [u8; 16]) -> usize {
-    let entry = |gpa, size| read_entry(memory, gpa, size);
-    let Ok(gpa) = paging.translate(la, entry) else { return 0 };
+pub fn bytes<M: GuestMemory + ?Sized>(
+    memory: &M,
+    paging: &Paging,
+    la: u64,
+    buf: &mut [u8; MAX_LENGTH],
+    second: impl Fn(u64, Access) -> Result<L1Gpa, MemoryError>,
+) -> usize {
+    let entry = |gpa, size| {
+        // The processor walks guest tables as if it wrote them.
+        let at = second(gpa, Access::Write)?;
+        if size == 8 { memory.read_u64(at) } else { memory.read_u32(at).map(u64::from) }
+    };
+    let get = |la, buf: &mut [u8]| {
+        let at = second(paging.translate(la, entry)?, Access::Execute)?;
+        memory.read(at, buf)
+    };
     let in_page = (0x1000 - (la & 0xfff)) as usize;
     if in_page >= MAX_LENGTH {
-        // The usual case: two unaligned words are cheaper than a general copy, and stay in the page by the check.
-        let Some(first) = buf.first_chunk_mut::<MAX_LENGTH>() else { return 0 };
-        return match memory.read(L1Gpa::new(gpa), first) {
-            Ok(()) => MAX_LENGTH,
-            Err(MemoryError) => 0,
-        };
+        return if get(la, buf).is_ok() { MAX_LENGTH } else { 0 };
     }
-    let Some((first, rest)) = buf.split_at_mut_checked(in_page) else { return 0 };
-    if memory.read(L1Gpa::new(gpa), first).is_err() {
+    let (first, rest) = buf.split_at_mut(in_page);
+    if get(la, first).is_err() {
         return 0;
     }
-    let Ok(next) = paging.translate(la.wrapping_add(in_page as u64), entry) else { return in_page };
-    let more = &mut rest[..MAX_LENGTH - in_page];
-    if memory.read(L1Gpa::new(next), more).is_err() { in_page } else { MAX_LENGTH }
+    if get(la.wrapping_add(in_page as u64), rest).is_ok() { MAX_LENGTH } else { in_page }
 }

@@ -19,6 +19,7 @@ pub mod linux;
 pub mod loader;
 pub mod memory;
 pub mod mmio;
+pub mod nested;
 pub mod npt01;
 pub mod permissions;
 pub mod shared;

@@ -10,15 +10,13 @@ use crate::ipi::Icr;
 use crate::npt01::Kind;
 use crate::vp::Vp;
 
-const UD: u8 = 6;
-
 /// L1 wrote to `gpa`, a page of `kind`.
 pub fn write(vp: &mut Vp, gpa: u64, kind: Kind) -> Result<(), Failure> {
     let (bytes, n) = vp.instruction();
     let Some(store) = decode::store(bytes.get(..n).unwrap_or(&[]), mode(vp)) else {
         // An instruction that no kernel uses on device registers: L1 learns that it is not supported there.
         crate::say!("l0: cpu {}: cannot decode a write to {gpa:#x}: {:02x?}", vp.id, bytes);
-        vp.inject(UD, None);
+        crate::exits::raise(vp, nsvm::Fault::UD);
         return Ok(());
     };
     let source = operand(vp, store.source);
@@ -41,11 +39,11 @@ fn needs_old(operation: Operation) -> bool {
     !matches!(operation, Operation::Store | Operation::StoreString { .. })
 }
 
-fn mode(vp: &Vp) -> Mode {
-    let attributes = vp.pages.vmcb01.save.cs.attrib;
-    if vp.is_64bit() {
+fn mode(vp: &mut Vp) -> Mode {
+    let v = vp.vmcb();
+    if v.in_64bit_code() {
         Mode::Bits64
-    } else if attributes & 1 << 10 != 0 {
+    } else if v.save.cs.attrib & 1 << 10 != 0 {
         Mode::Bits32
     } else {
         Mode::Bits16
@@ -56,7 +54,7 @@ fn mode(vp: &Vp) -> Mode {
 fn finish(vp: &mut Vp, store: &Store) {
     if let Operation::StoreString { repeat } = store.operation {
         let step = u64::from(store.size);
-        let down = vp.pages.vmcb01.save.rflags & 1 << 10 != 0;
+        let down = vp.vmcb().save.rflags & 1 << 10 != 0;
         vp.gprs.rdi = if down { vp.gprs.rdi.wrapping_sub(step) } else { vp.gprs.rdi.wrapping_add(step) };
         if repeat {
             vp.gprs.rcx = vp.gprs.rcx.wrapping_sub(1);
@@ -91,8 +89,8 @@ fn slot(vp: &mut Vp, number: u8) -> Option<&mut u64> {
 
 fn register(vp: &mut Vp, number: u8) -> u64 {
     match number {
-        0 => vp.pages.vmcb01.save.rax,
-        4 => vp.pages.vmcb01.save.rsp,
+        0 => vp.vmcb().save.rax,
+        4 => vp.vmcb().save.rsp,
         n => slot(vp, n).map_or(0, |r| *r),
     }
 }
@@ -120,8 +118,8 @@ fn set_operand(vp: &mut Vp, source: Source, size: u8, value: u64) {
         _ => value,
     };
     match number {
-        0 => vp.pages.vmcb01.save.rax = new,
-        4 => vp.pages.vmcb01.save.rsp = new,
+        0 => vp.vmcb().save.rax = new,
+        4 => vp.vmcb().save.rsp = new,
         n => {
             if let Some(r) = slot(vp, n) {
                 *r = new;

@@ -69,7 +69,6 @@ pub struct Npt01<'a> {
     /// Physical address of `pages[0]`.
     base: u64,
     used: usize,
-    hole: Range,
     address_bits: u32,
 }
 
@@ -77,7 +76,7 @@ impl<'a> Npt01<'a> {
     /// Tables in `pages`, which start at physical address `base` (a multiple of 4096), are zero, and live on;
     /// `hole` is a multiple of 2 MiB at both ends and below 4 GiB; `address_bits` is the processor's MAXPHYADDR.
     pub fn new(pages: &'a [TablePage], base: u64, hole: Range, address_bits: u32) -> Result<Self, OutOfPages> {
-        let mut npt = Self { pages, base, used: 0, hole, address_bits: address_bits.min(48) };
+        let mut npt = Self { pages, base, used: 0, address_bits: address_bits.min(48) };
         let pml4 = npt.page()?;
         let pdpt = npt.page()?;
         npt.set(pml4, 0, npt.pa(pdpt) | TABLE);
@@ -144,17 +143,6 @@ impl<'a> Npt01<'a> {
         // Last, so that a walk on another processor sees the directory empty or whole.
         self.set(pdpt, index, self.pa(pd) | TABLE);
         Ok(true)
-    }
-
-    /// What `gpa` is.
-    pub fn kind(&self, gpa: u64) -> Kind {
-        if self.hole.contains(gpa) {
-            Kind::Hole
-        } else if gpa & !0xfff == apic::DEFAULT_BASE {
-            Kind::Apic
-        } else {
-            Kind::Plain
-        }
     }
 
     /// Physical address of the page of ones.

@@ -1,14 +1,16 @@
 //! The permission maps of L1: which ports and MSRs exit to L0.
 
+use hw::msr;
+
 /// MSR permission map: two bits per MSR (read, write), 2 KiB for each of three ranges.
 #[derive(Debug)]
 #[repr(C, align(4096))]
-pub struct MsrMap([u8; 8192]);
+pub struct MsrMap(pub nsvm::MsrMap);
 
 /// IO permission map: one bit per port, and three more bytes for accesses that run past the last port.
 #[derive(Debug)]
 #[repr(C, align(4096))]
-pub struct IoMap([u8; 12288]);
+pub struct IoMap(pub nsvm::IoMap);
 
 /// Which accesses to an MSR exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +26,7 @@ pub enum Access {
 impl MsrMap {
     /// Nothing exits but MSRs outside the three ranges, which exit whatever the map says.
     pub const fn new() -> Self {
-        Self([0; 8192])
+        Self([0; 1024])
     }
 
     /// `access` to `msr` exits from now on. MSRs outside the ranges are left as they are.
@@ -36,7 +38,7 @@ impl MsrMap {
             _ => return,
         };
         let bit = index as usize * 2;
-        self.0[range * 2048 + bit / 8] |= (access as u8) << (bit % 8);
+        self.0[range * 256 + bit / 64] |= (access as u64) << (bit % 64);
     }
 }
 
@@ -49,12 +51,12 @@ impl Default for MsrMap {
 impl IoMap {
     /// No port exits.
     pub const fn new() -> Self {
-        Self([0; 12288])
+        Self([0; 1536])
     }
 
     /// Accesses that touch `port` exit from now on.
     pub const fn intercept(&mut self, port: u16) {
-        self.0[port as usize / 8] |= 1 << (port % 8);
+        self.0[port as usize / 64] |= 1 << (port % 64);
     }
 }
 
@@ -63,3 +65,22 @@ impl Default for IoMap {
         Self::new()
     }
 }
+
+/// MSRs that exit: what L0 or the library answers itself.
+pub static MSRPM01: MsrMap = {
+    let mut map = MsrMap::new();
+    map.intercept(msr::EFER, Access::Both);
+    map.intercept(msr::VM_CR, Access::Both);
+    map.intercept(msr::VM_HSAVE_PA, Access::Both);
+    map.intercept(msr::PAT, Access::Both);
+    map.intercept(msr::APIC_BASE, Access::Both);
+    map.intercept(msr::X2APIC_ICR, Access::Write);
+    map
+};
+
+/// Ports that exit: L0's own.
+pub static IOPM01: IoMap = {
+    let mut map = IoMap::new();
+    map.intercept(crate::debug::PORT);
+    map
+};

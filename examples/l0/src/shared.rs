@@ -5,8 +5,10 @@ use hw::cpu::CpuidResult;
 use spin::Mutex;
 
 use crate::ipi::Ipis;
+use crate::l1map::IdentityMap;
 use crate::memory::L1Memory;
-use crate::npt01::Npt01;
+use crate::npt01::{Kind, Npt01};
+use nsvm::caps::Config;
 
 /// The state of the whole machine.
 #[derive(Debug)]
@@ -25,6 +27,14 @@ pub struct Shared {
     pub ipis: Ipis,
     /// Access to the processor's own local APIC.
     pub apic: LocalApic,
+    /// How L0 maps L1's memory, for shadows.
+    pub l1map: IdentityMap,
+    /// Width of physical addresses, bits.
+    pub address_bits: u32,
+    /// The processor has 1 GiB pages.
+    pub gib_pages: bool,
+    /// What L1 is offered of SVM.
+    pub config: Config,
     /// CPUID leaf 0x8000_000A of the hardware.
     pub svm: CpuidResult,
     /// The Hyper-V interface is offered.
@@ -34,6 +44,17 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// What the page of `gpa`, an L1 GPA, is.
+    pub fn kind(&self, gpa: u64) -> Kind {
+        if self.l1map.hole.contains(gpa) {
+            Kind::Hole
+        } else if gpa & !0xfff == hw::apic::DEFAULT_BASE {
+            Kind::Apic
+        } else {
+            Kind::Plain
+        }
+    }
+
     /// Makes processor `cpu` leave its guest, if it runs one, or its wait.
     pub fn kick(&self, cpu: usize) {
         let Some(apic_id) = self.ipis.apic_id(cpu) else { return };

@@ -4,14 +4,21 @@
 //! between the last look at pending events and VMRUN is held by the processor, arrives right after VMRUN has set GIF,
 //! and exits. So no kick is lost, and no look-and-enter needs a lock.
 
-use hw::svm::{self, Gprs};
+use core::mem::offset_of;
+use hw::svm;
 use hw::{apic, cpu, msr};
+
+use hvcore::addr::{Hpa, Level};
+use hvcore::shadow::{PagePool, PageRecord, ShadowPage};
+use nsvm::asid::AsidPool;
+use nsvm::npt::NptShadow;
+use nsvm::{Entry, EntryPlan, MergedMap, NestedSvm, exit_code};
 
 use crate::exits;
 use crate::fatal::Failure;
-use crate::fetch::{self, Paging};
+use crate::nested::{self, Fetch, Gprs};
 use crate::shared::Shared;
-use nsvm::vmcb::bits::{DR7_RESET, Event, EventKind, Intercepts, efer, misc1, misc2};
+use nsvm::vmcb::bits::{DR7_RESET, Intercepts, efer, int_ctl, misc1, misc2};
 use nsvm::vmcb::{Segment, Vmcb};
 
 /// What exits of L1. Interrupts are passed through; so is HLT, which an NMI of L0 ends.
@@ -35,9 +42,6 @@ const fn segment(selector: u16, attrib: u16, limit: u32, base: u64) -> Segment {
     Segment { selector, attrib, limit, base }
 }
 
-/// An NMI, as EVENTINJ takes it.
-const NMI_EVENT: u64 = Event::VALID | (EventKind::Nmi as u64) << 8 | 2;
-
 /// The pages of one VP that the hardware reads and writes.
 #[repr(C, align(4096))]
 pub struct Pages {
@@ -49,6 +53,10 @@ pub struct Pages {
     pub host_state: Vmcb,
     /// VM_HSAVE_PA.
     pub host_save: Vmcb,
+    /// MSR permission map of L2.
+    pub msrpm02: nsvm::MsrMap,
+    /// IO permission map of L2.
+    pub iopm02: nsvm::IoMap,
 }
 
 impl Pages {}
@@ -64,12 +72,23 @@ pub struct PagesPa {
     pub host_state: u64,
     /// Of `host_save`.
     pub host_save: u64,
+    /// Of `msrpm02`.
+    pub msrpm02: u64,
+    /// Of `iopm02`.
+    pub iopm02: u64,
 }
 
 impl PagesPa {
     /// The addresses of pages that start at physical address `base`.
     pub const fn at(base: u64) -> Self {
-        Self { vmcb01: base, vmcb02: base + 0x1000, host_state: base + 0x2000, host_save: base + 0x3000 }
+        Self {
+            vmcb01: base + offset_of!(Pages, vmcb01) as u64,
+            vmcb02: base + offset_of!(Pages, vmcb02) as u64,
+            host_state: base + offset_of!(Pages, host_state) as u64,
+            host_save: base + offset_of!(Pages, host_save) as u64,
+            msrpm02: base + offset_of!(Pages, msrpm02) as u64,
+            iopm02: base + offset_of!(Pages, iopm02) as u64,
+        }
     }
 }
 
@@ -89,10 +108,16 @@ pub struct Vp {
     pub apic_base: u64,
     /// Waits for a SIPI.
     pub waiting: bool,
-    /// L1 is in its NMI handler: until IRET no further NMI is injected.
-    pub nmi_masked: bool,
-    /// An NMI for L1 is held.
-    pub nmi_pending: bool,
+    /// The nested state.
+    pub nested: NestedSvm,
+    /// This processor's ASIDs.
+    pub asids: AsidPool,
+    /// The shadow of L1's nested tables.
+    pub shadow: NptShadow<'static>,
+    /// An INIT for L1 is on its way through the library.
+    init_held: bool,
+    /// The vector of a SIPI that came behind it.
+    held_sipi: Option<u8>,
     /// Exits so far.
     pub exits: u64,
 }
@@ -118,6 +143,12 @@ impl Vp {
         }
         // SAFETY: every processor with SVM has APIC_BASE.
         let apic_base = unsafe { msr::rdmsr(msr::APIC_BASE) };
+        let mut msrpm02 = MergedMap { words: &mut pages.msrpm02, base: Hpa::new(pa.msrpm02) };
+        let mut iopm02 = MergedMap { words: &mut pages.iopm02, base: Hpa::new(pa.iopm02) };
+        let nested = NestedSvm::new(shared.config, &mut msrpm02, &mut iopm02);
+        let by_asid = shared.svm.edx & 1 << 6 != 0;
+        let asids = AsidPool::new(id as u32, shared.svm.ebx, by_asid).ok_or(Failure::TooFewAsids)?;
+        let shadow = shadow_tables()?;
         let mut vp = Self {
             id,
             shared,
@@ -126,8 +157,11 @@ impl Vp {
             gprs: Gprs::default(),
             apic_base,
             waiting: apic_base & apic::BASE_BSP == 0,
-            nmi_masked: false,
-            nmi_pending: false,
+            nested,
+            asids,
+            shadow,
+            init_held: false,
+            held_sipi: None,
             exits: 0,
         };
         shared.ipis.add(id, shared.apic.id());
@@ -168,9 +202,7 @@ impl Vp {
         v.save.rsp = 0;
         v.save.rax = 0;
         v.save.g_pat = 0x0007_0406_0007_0406;
-        self.gprs = Gprs { rdx: u64::from(cpu::cpuid(1, 0).eax), ..Gprs::default() };
-        self.nmi_masked = false;
-        self.nmi_pending = false;
+        self.gprs = Gprs(svm::Gprs { rdx: u64::from(cpu::cpuid(1, 0).eax), ..Default::default() });
     }
 
     /// The state in which a multiboot kernel starts: 32-bit flat segments, no paging.
@@ -187,7 +219,7 @@ impl Vp {
         v.save.cs.selector = 0x10;
         data_segments(v, segment(0x18, 0xc93, u32::MAX, 0));
         v.save.gdtr = segment(0, 0, 31, u64::from(entry.gdt));
-        self.gprs = Gprs { rsi: u64::from(entry.params), ..Gprs::default() };
+        self.gprs = Gprs(svm::Gprs { rsi: u64::from(entry.params), ..Default::default() });
     }
 
     /// 32-bit protected mode at `eip`, flat segments with selectors 8 (code) and 0x10 (data).
@@ -209,61 +241,116 @@ impl Vp {
         v.save.rip = 0;
     }
 
-    /// Runs L1 for good, or until L0 cannot go on.
+    /// Runs L1 and its guests for good, or until L0 cannot go on.
     pub fn run(&mut self) -> Failure {
         loop {
-            if (self.waiting || self.shared.ipis.has_events(self.id))
-                && let Err(failure) = self.events()
-            {
-                return failure;
-            }
-            if self.nmi_pending {
-                self.inject_nmi();
-            }
-            // SAFETY: GIF is clear since `new`; the addresses are of this VP's own pages; the guest is confined by
-            // nested paging to memory that is not L0's.
-            unsafe { svm::run(&mut self.gprs, self.pa.vmcb01, self.pa.vmcb01, self.pa.host_state) };
-            self.exits += 1;
-            self.pages.vmcb01.control.tlb_control = 0;
-            self.pages.vmcb01.control.event_inj = 0;
-            if let Err(failure) = exits::l1(self) {
+            if let Err(failure) = self.turn() {
                 return failure;
             }
         }
     }
 
-    /// Carries out what other processors sent; waits while L1's processor waits for SIPI.
-    fn events(&mut self) -> Result<(), Failure> {
-        loop {
-            let events = self.shared.ipis.take(self.id);
-            if events.init {
-                self.init();
-                self.reset_apic();
-                self.waiting = self.apic_base & apic::BASE_BSP == 0;
-            }
-            if let Some(vector) = events.sipi
-                && self.waiting
-            {
-                self.start_up(vector);
-            }
-            self.nmi_pending |= events.nmi && !self.waiting;
-            if !self.waiting {
+    /// One entry and its exit.
+    #[inline]
+    fn turn(&mut self) -> Result<(), Failure> {
+        if self.waiting || self.shared.ipis.has_events(self.id) {
+            self.events();
+        }
+        if self.shadow.tag_stale() {
+            self.nested.retire_tag(Level::L2);
+        }
+        let fetch = Fetch { memory: &self.shared.memory, walk: None };
+        let plan = match self.nested.prepare_entry(&mut machine!(self, fetch)) {
+            Entry::Run(plan) => plan,
+            Entry::Init => {
+                self.reset();
                 return Ok(());
             }
-            // SAFETY: L0's tables and TSS are loaded; a kick ends the wait.
-            unsafe { svm::wait_for_nmi() };
+            Entry::Shutdown => return exits::reset_machine(self),
+        };
+        self.enter(&plan);
+        self.exits += 1;
+        match plan.level {
+            Level::L1 => exits::l1(self),
+            Level::L2 => {
+                if !exit_code::is_invalid(self.pages.vmcb02.control.exit_code) {
+                    self.shadow.tag_retired();
+                }
+                nested::l2(self)
+            }
         }
     }
 
-    fn inject_nmi(&mut self) {
-        let v = &mut self.pages.vmcb01;
-        if self.nmi_masked || v.control.event_inj & Event::VALID != 0 {
+    /// VMRUN as `plan` says.
+    #[inline]
+    fn enter(&mut self, plan: &EntryPlan) {
+        if plan.exit_soon {
+            self.shared.kick(self.id);
+        }
+        if plan.sync_tpr {
+            let vmcb = self.vmcb();
+            vmcb.control.int_ctl = vmcb.control.int_ctl & !int_ctl::V_TPR | cpu::cr8();
+        }
+        if plan.host_if {
+            // SAFETY: GIF is clear: nothing arrives here.
+            unsafe { cpu::sti() };
+        } else {
+            cpu::cli();
+        }
+        let vmcb = match plan.level {
+            Level::L1 => self.pa.vmcb01,
+            Level::L2 => self.pa.vmcb02,
+        };
+        // SAFETY: GIF is clear since `new`; the addresses are of this VP's own pages; the guest is confined by
+        // nested paging to memory that is not L0's.
+        unsafe { svm::run(&mut self.gprs.0, vmcb, self.pa.vmcb01, self.pa.host_state) };
+        if plan.sync_tpr {
+            let tpr = self.vmcb().control.int_ctl & 0xf;
+            // SAFETY: four bits of priority; L0 itself takes no interrupts.
+            unsafe { cpu::write_cr8(tpr) };
+        }
+    }
+
+    /// Takes what other processors sent; waits while L1's processor waits for SIPI.
+    fn events(&mut self) {
+        loop {
+            let events = self.shared.ipis.take(self.id);
+            if self.waiting {
+                if let Some(vector) = events.sipi {
+                    self.start_up(vector);
+                    return;
+                }
+                // SAFETY: L0's tables and TSS are loaded; a kick ends the wait.
+                unsafe { svm::wait_for_nmi() };
+                continue;
+            }
+            if events.init {
+                self.nested.pend_init();
+                self.init_held = true;
+            }
+            if self.init_held {
+                // For the time after the INIT, which may be held by GIF.
+                self.held_sipi = self.held_sipi.or(events.sipi);
+            }
+            if events.nmi {
+                self.nested.pend_nmi();
+            }
             return;
         }
-        v.control.event_inj = NMI_EVENT;
-        v.control.intercepts.misc1 |= misc1::IRET;
-        self.nmi_masked = true;
-        self.nmi_pending = false;
+    }
+
+    /// INIT reached L1.
+    fn reset(&mut self) {
+        self.init();
+        self.nested.reset();
+        self.reset_apic();
+        self.waiting = self.apic_base & apic::BASE_BSP == 0;
+        self.init_held = false;
+        if let Some(vector) = self.held_sipi.take()
+            && self.waiting
+        {
+            self.start_up(vector);
+        }
     }
 
     /// An INIT clears the local APIC but for its id (APM volume 2, 16.3.1): local vectors masked, no timer, no
@@ -293,47 +380,73 @@ impl Vp {
         self.shared.ipis.set_dfr(self.id, u32::MAX);
     }
 
-    /// Paging registers of the guest in VMCB01.
+    /// The VMCB of the level that runs, or has just run.
     #[inline]
-    pub fn paging(&self) -> Paging {
-        let v = &self.pages.vmcb01;
-        Paging { cr0: v.save.cr0, cr3: v.save.cr3, cr4: v.save.cr4, efer: v.save.efer }
+    pub fn vmcb(&mut self) -> &mut Vmcb {
+        match self.nested.level() {
+            Level::L1 => &mut self.pages.vmcb01,
+            Level::L2 => &mut self.pages.vmcb02,
+        }
     }
 
-    /// L1 runs in a 64-bit code segment.
-    #[inline]
-    pub fn is_64bit(&self) -> bool {
-        self.pages.vmcb01.in_64bit_code()
-    }
-
-    /// Linear address of L1's next instruction.
-    #[inline]
-    pub fn linear_rip(&self) -> u64 {
-        let v = &self.pages.vmcb01;
-        if self.is_64bit() { v.save.rip } else { v.save.cs.base.wrapping_add(v.save.rip) & 0xffff_ffff }
-    }
-
-    /// L1's instruction bytes, and how many there are.
-    #[inline]
-    pub fn instruction(&self) -> ([u8; 16], usize) {
-        let mut bytes = [0; 16];
-        let n = fetch::l1_bytes(&self.shared.memory, &self.paging(), self.linear_rip(), &mut bytes);
+    /// Instruction bytes of the level that has just run, and how many there are.
+    pub fn instruction(&mut self) -> ([u8; 15], usize) {
+        let fetch = match self.nested.level() {
+            Level::L1 => Fetch { memory: &self.shared.memory, walk: None },
+            Level::L2 => nested::l2_fetch(self),
+        };
+        let mut bytes = [0; 15];
+        let n = fetch.bytes(self.vmcb(), &mut bytes);
         (bytes, n)
     }
 
-    /// Moves L1 past an instruction of `length` bytes that L0 carried out.
-    #[inline]
+    /// Moves the guest past an instruction of `length` bytes that L0 carried out.
     pub fn advance(&mut self, length: u64) {
-        let wide = self.is_64bit();
-        let v = &mut self.pages.vmcb01;
+        let v = self.vmcb();
         let rip = v.save.rip.wrapping_add(length);
-        v.complete_instruction(if wide { rip } else { rip & 0xffff_ffff });
+        v.complete_instruction(if v.in_64bit_code() { rip } else { rip & 0xffff_ffff });
     }
+}
 
-    /// Injects exception `vector` into L1, with `error` where it has one.
-    pub fn inject(&mut self, vector: u8, error: Option<u32>) {
-        self.pages.vmcb01.inject_exception(vector, error);
+/// What the library works on during one call.
+macro_rules! machine {
+    ($vp:expr, $code:expr) => {
+        ::nsvm::Machine {
+            vmcb01: &mut $vp.pages.vmcb01,
+            vmcb02: &mut $vp.pages.vmcb02,
+            gprs: &mut $vp.gprs,
+            msrpm02: ::nsvm::MergedMap {
+                words: &mut $vp.pages.msrpm02,
+                base: ::hvcore::addr::Hpa::new($vp.pa.msrpm02),
+            },
+            iopm02: ::nsvm::MergedMap { words: &mut $vp.pages.iopm02, base: ::hvcore::addr::Hpa::new($vp.pa.iopm02) },
+            msrpm01: &$crate::permissions::MSRPM01.0,
+            iopm01: &$crate::permissions::IOPM01.0,
+            asids: &mut $vp.asids,
+            memory: &$vp.shared.memory,
+            code: &$code,
+        }
+    };
+}
+pub(crate) use machine;
+
+/// Pages of shadow tables per VP.
+const SHADOW_PAGES: usize = 128;
+
+fn shadow_tables() -> Result<NptShadow<'static>, Failure> {
+    // SAFETY: zero is a valid shadow page: 512 entries that are not present.
+    let pages = unsafe { rt::frames::allocate_slice::<ShadowPage>(SHADOW_PAGES, 4096) }.ok_or(Failure::OutOfPages)?;
+    let records = rt::frames::allocate((SHADOW_PAGES * size_of::<PageRecord>()) as u64, 4096);
+    let records = records.ok_or(Failure::OutOfPages)?.cast::<PageRecord>();
+    for i in 0..SHADOW_PAGES {
+        // SAFETY: inside the memory just allocated, which is large enough and aligned to a page.
+        unsafe { records.add(i).write(PageRecord::new()) };
     }
+    // SAFETY: initialised above, exclusive, never freed.
+    let records = unsafe { core::slice::from_raw_parts_mut(records, SHADOW_PAGES) };
+    let base = pages.as_ptr() as u64;
+    let pool = PagePool::new(pages, records, |i| Hpa::new(base + 4096 * i as u64)).map_err(|_| Failure::OutOfPages)?;
+    NptShadow::new(pool, 4).map_err(|_| Failure::OutOfPages)
 }
 
 fn data_segments(v: &mut Vmcb, s: Segment) {

@@ -1,0 +1,177 @@
+//! L2: what L0 does at its exits, with the library's nested state machine and shadow of L1's nested tables.
+//!
+//! Called by the run loop; [`crate::exits`] has the exits that both levels share.
+
+use hvcore::addr::{L1Gpa, L2Gpa, Level};
+use hvcore::memory::{Access, MemoryError, SecondStage};
+use nsvm::npt::{Cause, L1Access, NptContext, NptFormat, NptOutcome, NptWalk};
+use nsvm::vmcb::Vmcb;
+use nsvm::{Code, Exit, Invalidate, L2Exit, exit_code as code};
+
+use crate::exits;
+use crate::fatal::Failure;
+use crate::fetch::{self, Paging};
+use crate::memory::L1Memory;
+use crate::mmio;
+use crate::npt01::Kind;
+use crate::vp::{Vp, machine};
+
+/// The registers of a guest as the library asks for them.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(transparent)]
+pub struct Gprs(pub hw::svm::Gprs);
+
+impl core::ops::Deref for Gprs {
+    type Target = hw::svm::Gprs;
+
+    fn deref(&self) -> &hw::svm::Gprs {
+        &self.0
+    }
+}
+
+impl core::ops::DerefMut for Gprs {
+    fn deref_mut(&mut self) -> &mut hw::svm::Gprs {
+        &mut self.0
+    }
+}
+
+impl nsvm::Gprs for Gprs {
+    #[inline]
+    fn rcx(&self) -> u64 {
+        self.0.rcx
+    }
+    #[inline]
+    fn rdx(&self) -> u64 {
+        self.0.rdx
+    }
+    #[inline]
+    fn set_rdx(&mut self, value: u64) {
+        self.0.rdx = value;
+    }
+}
+
+/// Instruction bytes of either level.
+#[derive(Clone, Copy, Debug)]
+pub struct Fetch<'a> {
+    /// L1's memory.
+    pub memory: &'a L1Memory,
+    /// L1's nested tables for L2; `None` when L2 runs on L1's addresses, or L1 runs.
+    pub walk: Option<NptWalk<'a, L1Memory>>,
+}
+
+/// Paging registers of the guest in `vmcb`.
+#[inline]
+pub fn paging(vmcb: &Vmcb) -> Paging {
+    Paging { cr0: vmcb.save.cr0, cr3: vmcb.save.cr3, cr4: vmcb.save.cr4, efer: vmcb.save.efer }
+}
+
+/// Linear address of the next instruction of the guest in `vmcb`.
+#[inline]
+pub fn linear_rip(vmcb: &Vmcb) -> u64 {
+    if vmcb.in_64bit_code() { vmcb.save.rip } else { vmcb.save.cs.base.wrapping_add(vmcb.save.rip) & 0xffff_ffff }
+}
+
+impl Fetch<'_> {
+    /// Up to 15 instruction bytes of the guest in `vmcb`; how many were got.
+    #[inline]
+    pub fn bytes(&self, vmcb: &Vmcb, bytes: &mut [u8; 15]) -> usize {
+        let (paging, la) = (paging(vmcb), linear_rip(vmcb));
+        match &self.walk {
+            None => fetch::bytes(self.memory, &paging, la, bytes, |gpa, _| Ok(L1Gpa::new(gpa))),
+            Some(walk) => fetch::bytes(self.memory, &paging, la, bytes, |gpa, access| {
+                walk.walk(L2Gpa::new(gpa), access).map_err(|_| MemoryError)
+            }),
+        }
+    }
+}
+
+impl Code for Fetch<'_> {
+    #[inline]
+    fn fetch(&self, _level: Level, vmcb: &Vmcb, bytes: &mut [u8; 15]) -> usize {
+        self.bytes(vmcb, bytes)
+    }
+}
+
+/// L1 executed VMRUN: puts the shadow tables in VMCB02.
+pub fn enter_l2(vp: &mut Vp, invalidate: Invalidate) {
+    match invalidate {
+        Invalidate::None => {}
+        Invalidate::Asid(asid) => {
+            vp.shadow.flush_asid(asid);
+        }
+        Invalidate::All => {
+            vp.shadow.flush_all_asids();
+        }
+    }
+    match context(vp) {
+        Some(context) => vp.pages.vmcb02.control.n_cr3 = vp.shadow.activate(context).raw(),
+        None => vp.shadow.deactivate(),
+    }
+}
+
+/// The nested context of the L2 that L1 runs, when L1 uses nested paging.
+fn context(vp: &Vp) -> Option<NptContext> {
+    let paging = vp.nested.nested_paging(&vp.pages.vmcb01)?;
+    let shared = vp.shared;
+    let format =
+        NptFormat::from_registers(paging.cr0, paging.cr4, paging.efer, shared.address_bits as u8, shared.gib_pages)?;
+    let asid = if paging.enlightened_tlb { 0 } else { paging.asid };
+    Some(NptContext { ncr3: paging.n_cr3.raw(), asid, format })
+}
+
+/// How instruction bytes of L2 are fetched.
+pub fn l2_fetch(vp: &Vp) -> Fetch<'static> {
+    let memory = &vp.shared.memory;
+    let walk = context(vp).map(|c| NptWalk { memory, format: c.format, ncr3: c.ncr3 });
+    Fetch { memory, walk }
+}
+
+/// Carries out the exit that VMCB02 tells.
+pub fn l2(vp: &mut Vp) -> Result<(), Failure> {
+    let fetch = l2_fetch(vp);
+    let outcome = vp.nested.l2_exit(&mut machine!(vp, fetch), |_, _, _| false);
+    settle(vp, outcome)
+}
+
+/// What the library said about an exit of L2.
+fn settle(vp: &mut Vp, outcome: L2Exit) -> Result<(), Failure> {
+    match outcome {
+        L2Exit::Resume | L2Exit::ToL1 => Ok(()),
+        L2Exit::NestedPageFault { gpa, error_code } => page_fault(vp, gpa, error_code),
+        L2Exit::L1PageFault { gpa, error_code } => exits::npf(vp, gpa.raw(), error_code),
+        L2Exit::InvalidateAsid { asid } => {
+            vp.shadow.flush_asid(asid);
+            Ok(())
+        }
+        L2Exit::Embedder => exits::shared(vp),
+        L2Exit::DirectFlush { .. } => Err(Failure::UnexpectedExit),
+        L2Exit::Shutdown => exits::reset_machine(vp),
+    }
+}
+
+/// A nested page fault of L2 in L1's nested paging.
+fn page_fault(vp: &mut Vp, gpa: L2Gpa, error: u64) -> Result<(), Failure> {
+    let map = vp.shared.l1map;
+    match vp.shadow.fault(&vp.shared.memory, &map, gpa, error) {
+        NptOutcome::Resume => Ok(()),
+        NptOutcome::Reflect { info1, info2 } => reflect_npf(vp, info1, info2),
+        NptOutcome::Embedder(L1Access { l1, access: Access::Write, table_walk: false, cause, .. })
+            if cause == Cause::WriteProtected =>
+        {
+            let kind = vp.shared.kind(l1.raw());
+            if kind == Kind::Plain { Err(Failure::UnexpectedFault) } else { mmio::write(vp, l1.raw(), kind) }
+        }
+        // L2's own page tables on a page that L0 keeps, or an address that the processor does not have: L1 sees the
+        // fault as it came, which it can act on.
+        NptOutcome::Embedder(_) => reflect_npf(vp, error, gpa.raw()),
+    }
+}
+
+fn reflect_npf(vp: &mut Vp, info_1: u64, info_2: u64) -> Result<(), Failure> {
+    let fetch = Fetch { memory: &vp.shared.memory, walk: None };
+    let outcome = vp.nested.exit_to_l1(&mut machine!(vp, fetch), Exit { code: code::NPF, info_1, info_2 });
+    match outcome {
+        L2Exit::Shutdown => exits::reset_machine(vp),
+        _ => Ok(()),
+    }
+}
