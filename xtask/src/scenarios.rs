@@ -85,6 +85,8 @@ const TWO_FILES: &[Module] = &[
     Module { content: Content::Text("a"), args: "bytes=1 first=97" },
 ];
 
+const SMALL_L1: &[Module] = &[Module { content: Content::Image("l1"), args: "scenario=all" }];
+
 const RUNTIME_AS_L1: &[Module] = &[Module { content: Content::Image("selftest"), args: "test=boot" }];
 
 /// All scenarios, in the order in which they run.
@@ -105,5 +107,9 @@ pub const SCENARIOS: &[Scenario] = &[
     // The L0 hypervisor with the runtime's own test as its guest.
     Scenario { name: "l0-boot", image: "l0", modules: RUNTIME_AS_L1, ..BASE },
     Scenario { name: "l0-boot-4-processors", image: "l0", modules: RUNTIME_AS_L1, cpus: 4, ..BASE },
+    // The small hypervisor and its guests on the L0 hypervisor.
+    Scenario { name: "svm-nested", image: "l0", modules: SMALL_L1, ..BASE },
+    Scenario { name: "svm-nested-4-processors", image: "l0", modules: SMALL_L1, cpus: 4, ..BASE },
+    Scenario { name: "svm-nested", image: "l0", modules: SMALL_L1, machine: Machine::Qemu("EPYC-Rome,+svm"), ..BASE },
     Scenario { name: "panic", args: "test=panic", expect: Expect::Failure("as asked"), ..BASE },
 ];

@@ -155,9 +155,13 @@ fn page_fault(vp: &mut Vp, gpa: L2Gpa, error: u64) -> Result<(), Failure> {
     match vp.shadow.fault(&vp.shared.memory, &map, gpa, error) {
         NptOutcome::Resume => Ok(()),
         NptOutcome::Reflect { info1, info2 } => reflect_npf(vp, info1, info2),
-        NptOutcome::Embedder(L1Access { l1, access: Access::Write, table_walk: false, cause, .. })
-            if cause == Cause::WriteProtected =>
-        {
+        NptOutcome::Embedder(L1Access {
+            l1,
+            access: Access::Write,
+            table_walk: false,
+            cause: Cause::WriteProtected,
+            ..
+        }) => {
             let kind = vp.shared.kind(l1.raw());
             if kind == Kind::Plain { Err(Failure::UnexpectedFault) } else { mmio::write(vp, l1.raw(), kind) }
         }
