@@ -3,6 +3,7 @@
 //! One file per command (`test.rs`, `qemu_test.rs`, ...), each with its clap `Args` and a `run(&Ctx, Args)`.
 //! `stages.rs` is the list of what `test` does, `setup.rs` installs what a command needs, `ctx.rs` holds what all share.
 
+mod bench;
 mod ctx;
 mod images;
 mod machine;
@@ -36,6 +37,8 @@ enum Command {
     QemuTest(qemu_test::Args),
     /// Boot the L0 hypervisor with a kernel of your own as L1
     RunL1(run_l1::Args),
+    /// Count instructions of the hot paths, on valgrind
+    Bench(bench::Args),
 }
 
 fn run(cli: Cli) -> Result<()> {
@@ -43,6 +46,7 @@ fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Test(args) => test::run(&ctx, args),
         Command::QemuTest(args) => qemu_test::run(&ctx, args),
+        Command::Bench(args) => bench::run(&ctx, args),
         Command::RunL1(args) => run_l1::run(&ctx, args),
     }
 }

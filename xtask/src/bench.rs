@@ -1,0 +1,156 @@
+//! `cargo xtask bench`: instruction counts by gungraun on valgrind, as a table and as JSON lines.
+//!
+//! Runs every file of `tests/bench/benches` and makes the stable names as `tests/bench/lib.rs` says. A count that
+//! something else produces (an emulated machine) is a [`Count`] added to the list in [`run`].
+
+use crate::ctx::{Ctx, Log, Result};
+use crate::setup;
+use serde::Serialize;
+use serde_json::Value;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use xshell::cmd;
+
+/// Options of `cargo xtask bench`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Also write the counts to FILE, one JSON object a line: {"name","value","unit"}
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Only names that begin with PREFIX
+    #[arg(value_name = "PREFIX")]
+    prefix: Option<String>,
+    /// Fail when a count is above its limit
+    #[arg(long)]
+    check: bool,
+}
+
+/// One measured number.
+#[derive(Serialize)]
+pub struct Count {
+    /// Its stable name, with dots.
+    pub name: String,
+    /// How much.
+    pub value: u64,
+    /// Of what: "instructions".
+    pub unit: &'static str,
+}
+
+/// What counts should not exceed.
+const LIMITS: &[(&str, u64)] = &[
+    ("hypercall.flush_space.fast", 150),
+    ("hypercall.flush_list.xmm.1", 200),
+    ("hypercall.flush_list.xmm.11", 250),
+    ("hypercall.flush_list_ex.memory.64banks.444ranges", 2500),
+];
+
+/// Measures, prints, writes.
+pub fn run(ctx: &Ctx, args: Args) -> Result<()> {
+    setup::need(ctx, setup::VALGRIND)?;
+    let mut log = Log::create(ctx, "bench")?;
+    let runner = runner(ctx, &mut log)?;
+    let mut counts = library(ctx, &mut log, &runner)?;
+    if let Some(prefix) = &args.prefix {
+        counts.retain(|count| count.name.starts_with(prefix));
+    }
+    let over = table(&counts);
+    if let Some(path) = &args.json {
+        write_json(&counts, path)?;
+    }
+    if counts.is_empty() {
+        return Err("no benchmark has such a name: run `cargo xtask bench` for all of them".into());
+    }
+    if args.check && over > 0 { Err(format!("{over} counts above their limits").into()) } else { Ok(()) }
+}
+
+fn table(counts: &[Count]) -> usize {
+    let width = counts.iter().map(|count| count.name.len()).max().unwrap_or(0);
+    let mut over = 0;
+    for Count { name, value, unit } in counts {
+        let limit = LIMITS.iter().find(|(limited, _)| limited == name).map(|(_, limit)| *limit);
+        let note = match limit {
+            Some(limit) if *value > limit => {
+                over += 1;
+                format!("ABOVE the limit of {limit}")
+            }
+            Some(limit) => format!("limit {limit}"),
+            None => String::new(),
+        };
+        println!("{}", format!("{name:width$}  {value:>9} {unit}  {note}").trim_end());
+    }
+    over
+}
+
+fn write_json(counts: &[Count], path: &PathBuf) -> Result<()> {
+    let mut file = File::create(path).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+    for count in counts {
+        writeln!(file, "{}", serde_json::to_string(count)?)?;
+    }
+    Ok(())
+}
+
+/// The benchmark runner of the version that Cargo.lock names, installed below `target` when it is not there.
+fn runner(ctx: &Ctx, log: &mut Log) -> Result<PathBuf> {
+    let lock = fs::read_to_string(ctx.root.join("Cargo.lock"))?;
+    let version = lock
+        .split("[[package]]")
+        .find(|package| package.contains("name = \"gungraun\""))
+        .and_then(|package| package.split("version = \"").nth(1)?.split('"').next())
+        .ok_or("Cargo.lock names no gungraun")?;
+    let root = ctx.work_dir("tools")?.join(format!("gungraun-runner-{version}"));
+    let program = root.join("bin/gungraun-runner");
+    if !program.is_file() {
+        let install = format!("cargo install gungraun-runner --version {version} --locked --root {}", root.display());
+        if ctx.no_install {
+            return Err(format!("gungraun-runner missing, and --no-install given: run `{install}`").into());
+        }
+        println!("set-up: installing gungraun-runner {version} with cargo install");
+        let sh = &ctx.sh;
+        log.run(cmd!(sh, "cargo install gungraun-runner --version {version} --locked --root {root}"))?;
+    }
+    Ok(program)
+}
+
+/// All counts of the library benchmarks.
+fn library(ctx: &Ctx, log: &mut Log, runner: &PathBuf) -> Result<Vec<Count>> {
+    let mut files: Vec<String> = Vec::new();
+    for entry in fs::read_dir(ctx.root.join("tests/bench/benches"))? {
+        let path = entry?.path();
+        files.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
+    }
+    files.sort();
+    let mut command = Command::new("cargo");
+    command.current_dir(&ctx.root).args(["bench", "--package", "bench"]).env("GUNGRAUN_RUNNER", runner);
+    for file in &files {
+        command.args(["--bench", file]);
+    }
+    command.args(["--", "--output-format=json"]);
+    log.line(&format!("$ {command:?}"))?;
+    let out = command.stdin(Stdio::null()).output().map_err(|e| format!("cannot run cargo: {e}"))?;
+    log.line(&String::from_utf8_lossy(&out.stderr))?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    log.line(&text)?;
+    if !out.status.success() {
+        return Err(format!("cargo bench failed: see {}", log.path().display()).into());
+    }
+    text.lines().filter(|line| line.starts_with('{')).map(count).collect()
+}
+
+/// The count in one summary of gungraun.
+fn count(line: &str) -> Result<Count> {
+    let summary: Value = serde_json::from_str(line)?;
+    let word = |key: &str| summary[key].as_str().unwrap_or("").to_string();
+    let (function, case) = (word("function_name"), word("id"));
+    let value = summary
+        .pointer("/profiles/0/data/total/metrics/Ir/values/new")
+        .or_else(|| summary.pointer("/profiles/0/data/parts/0/metrics/Ir/values/new"))
+        .and_then(Value::as_u64)
+        .ok_or_else(|| format!("gungraun gives no instruction count for {function} {case}"))?;
+    let mut name = function.replace("__", ".");
+    if !case.is_empty() {
+        name = format!("{name}.{}", case.strip_prefix('_').unwrap_or(&case).replace("__", "."));
+    }
+    Ok(Count { name, value, unit: "instructions" })
+}
