@@ -9,9 +9,11 @@
 
 pub mod addr;
 pub mod client;
+pub mod direct;
 pub mod flush;
 pub mod hypercall;
 pub mod memory;
+pub mod partition;
 pub mod shadow;
 pub mod vp_index;
 
