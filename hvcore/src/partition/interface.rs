@@ -16,9 +16,9 @@ use tlfs_abi::msr::{PageMsr, ReenlightenmentControl, TSC_EMULATION_BIT};
 ///
 /// Each MSR is one atomic, and what a guest reads or writes is that one value. The VPs of a guest order their MSR
 /// accesses among themselves by means of guest memory, which the embedder's exits and entries keep in order, so relaxed
-/// accesses suffice, with two exceptions. GUEST_OS_ID and HYPERCALL bear on each other: both are accessed sequentially
-/// consistent, see [`Interface::write_hypercall`](Self). The sequence of the reference TSC page is stored with release
-/// after its parameters and loaded with acquire before them.
+/// accesses suffice, with two exceptions. GUEST_OS_ID and HYPERCALL bear on each other: HYPERCALL is changed by
+/// read-modify-writes that release and acquire. The sequence of the reference TSC page is stored with release after its
+/// parameters and loaded with acquire before them.
 #[derive(Debug)]
 pub struct Interface {
     pub(super) config: PartitionConfig,
@@ -114,7 +114,7 @@ impl Interface {
     /// True when the guest has told its identity, so that VMCALL and VMMCALL are Hyper-V hypercalls.
     #[inline]
     pub fn hypercalls_enabled(&self) -> bool {
-        self.guest_os_id.load(Ordering::SeqCst) != 0
+        self.guest_os_id.load(Ordering::Relaxed) != 0
     }
 
     /// The caller of a hypercall, as the intake takes it.
@@ -201,8 +201,8 @@ impl Interface {
     /// Returns every MSR of the partition to its state after creation, the lock of HYPERCALL included; the reference
     /// time goes on. Called on a reset of the partition, while no VP runs; the embedder unmaps the overlays.
     pub fn reset(&self) {
-        self.guest_os_id.store(0, Ordering::SeqCst);
-        self.hypercall.store(0, Ordering::SeqCst);
+        self.guest_os_id.store(0, Ordering::Relaxed);
+        self.hypercall.store(0, Ordering::Relaxed);
         let rest =
             [&self.reference_tsc, &self.reenlightenment, &self.tsc_emulation_control, &self.tsc_emulation_status];
         for msr in rest.into_iter().chain(&self.crash) {

@@ -86,7 +86,7 @@ impl Interface {
         let config = &self.config;
         let load = |register: &AtomicU64| register.load(Ordering::Relaxed);
         let value = match msr {
-            msr::GUEST_OS_ID => Some(self.guest_os_id.load(Ordering::SeqCst)),
+            msr::GUEST_OS_ID => Some(self.guest_os_id.load(Ordering::Relaxed)),
             msr::HYPERCALL => Some(self.read_hypercall().raw()),
             msr::VP_INDEX => Some(u64::from(vp.vp_index())),
             msr::RESET if config.reset => Some(0),
@@ -146,7 +146,7 @@ impl Interface {
 
     /// HYPERCALL as a guest reads it: not enabled while there is no OS id.
     fn read_hypercall(&self) -> PageMsr {
-        let value = self.hypercall.load(Ordering::SeqCst);
+        let value = self.hypercall.load(Ordering::Relaxed);
         let enabled = self.hypercalls_enabled();
         PageMsr::new(if enabled { value } else { value & !PageMsr::ENABLE })
     }
@@ -169,36 +169,37 @@ impl Interface {
 
     /// Zero takes the hypercall page away, even a locked one: it stays locked, and disabled until reset.
     fn write_guest_os_id(&self, value: u64) -> MsrWrite {
-        // Sequentially consistent, as in `write_hypercall`: this store, then the other register.
-        self.guest_os_id.store(value, Ordering::SeqCst);
+        self.guest_os_id.store(value, Ordering::Relaxed);
         if value != 0 {
             return MsrWrite::Done;
         }
-        let old = PageMsr::new(self.hypercall.fetch_and(!PageMsr::ENABLE, Ordering::SeqCst));
+        // Release: a VP whose exchange comes later sees the zero id. See `write_hypercall`.
+        let old = PageMsr::new(self.hypercall.fetch_and(!PageMsr::ENABLE, Ordering::AcqRel));
         let from = if old.enable() { Some(L1Gpa::new(old.gpa())) } else { None };
         overlay_change(Overlay::HypercallPage, from, None)
     }
 
     /// Without an OS id the enable bit stays zero whatever is written.
     ///
-    /// A VP that enables the page stores HYPERCALL and then loads GUEST_OS_ID; a VP that clears the id stores
-    /// GUEST_OS_ID and then clears the bit in HYPERCALL. All four are sequentially consistent, so when the two race,
-    /// either the first sees the zero and takes the bit back, or the second sees the bit and clears it: the page never
-    /// outlives the id.
+    /// A VP that enables the page exchanges HYPERCALL and then loads GUEST_OS_ID; a VP that clears the id stores
+    /// GUEST_OS_ID and then clears the bit in HYPERCALL. Both change HYPERCALL by an atomic read-modify-write, and one
+    /// comes first. If the exchange does, the other VP clears its bit. If the clearing does, the exchange reads from it,
+    /// and as one is a release and the other an acquire the load sees the zero id and the bit is taken back. The page
+    /// never outlives the id.
     fn write_hypercall(&self, value: u64) -> MsrWrite {
-        let old = PageMsr::new(self.hypercall.load(Ordering::SeqCst));
+        let old = PageMsr::new(self.hypercall.load(Ordering::Relaxed));
         let mut new = PageMsr::new(value);
         if old.locked() || !self.in_gpa_space(new.gpa()) {
             return MsrWrite::Fault;
         }
         new.set_enable(new.enable() && self.hypercalls_enabled());
-        let exchanged = self.hypercall.compare_exchange(old.raw(), new.raw(), Ordering::SeqCst, Ordering::SeqCst);
+        let exchanged = self.hypercall.compare_exchange(old.raw(), new.raw(), Ordering::AcqRel, Ordering::Relaxed);
         if exchanged.is_err() {
             // Another VP wrote after the load: its write came last, and this one left no trace.
             return MsrWrite::Done;
         }
         if new.enable() && !self.hypercalls_enabled() {
-            let _ = self.hypercall.fetch_and(!PageMsr::ENABLE, Ordering::SeqCst);
+            let _ = self.hypercall.fetch_and(!PageMsr::ENABLE, Ordering::AcqRel);
             new.set_enable(false);
         }
         let place = |msr: PageMsr| if msr.enable() { Some(L1Gpa::new(msr.gpa())) } else { None };

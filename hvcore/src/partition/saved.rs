@@ -92,8 +92,8 @@ impl Interface {
         SavedPartition {
             version: SAVED_VERSION,
             vendor: vendor_number(self.vendor()),
-            guest_os_id: self.guest_os_id.load(Ordering::SeqCst),
-            hypercall: self.hypercall.load(Ordering::SeqCst),
+            guest_os_id: self.guest_os_id.load(Ordering::Relaxed),
+            hypercall: self.hypercall.load(Ordering::Relaxed),
             reference_tsc: self.reference_tsc.load(Ordering::Relaxed),
             crash: self.crash_parameters(),
             reenlightenment: self.reenlightenment.load(Ordering::Relaxed),
@@ -109,8 +109,8 @@ impl Interface {
     /// another host calls [`migrated`](Self::migrated).
     pub fn restore(&self, saved: &SavedPartition) -> Result<(), RestoreError> {
         self.check(saved)?;
-        self.guest_os_id.store(saved.guest_os_id, Ordering::SeqCst);
-        self.hypercall.store(saved.hypercall, Ordering::SeqCst);
+        self.guest_os_id.store(saved.guest_os_id, Ordering::Relaxed);
+        self.hypercall.store(saved.hypercall, Ordering::Relaxed);
         self.reference_tsc.store(saved.reference_tsc, Ordering::Relaxed);
         for (parameter, value) in self.crash.iter().zip(saved.crash) {
             parameter.store(value, Ordering::Relaxed);
