@@ -12,7 +12,7 @@ use crate::vmcb::{Control, Save};
 pub enum Refusal {
     /// The VMRUN intercept is clear.
     VmrunIntercept,
-    /// ASID 0, or one that L1 was not offered.
+    /// ASID 0.
     Asid,
     /// The MSR or IO permission map reaches beyond physical memory's width.
     PermissionMap,
@@ -46,7 +46,7 @@ pub(crate) fn control(config: &Config, control: &Control, save: &Save, l1_cr0: u
     if control.intercepts.misc2 & misc2::VMRUN == 0 {
         return Err(Refusal::VmrunIntercept);
     }
-    if control.asid == 0 || control.asid >= config.asids {
+    if control.asid == 0 {
         return Err(Refusal::Asid);
     }
     if !map_fits(config, control.msrpm_base, 8 << 10) || !map_fits(config, control.iopm_base, 12 << 10) {
