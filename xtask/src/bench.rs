@@ -4,6 +4,7 @@
 //! something else produces (an emulated machine) is a [`Count`] added to the list in [`run`].
 
 use crate::ctx::{Ctx, Log, Result};
+use crate::nested_bench::{self, Extension};
 use crate::setup;
 use serde::Serialize;
 use serde_json::Value;
@@ -19,6 +20,9 @@ pub struct Args {
     /// Also write the counts to FILE, one JSON object a line: {"name","value","unit"}
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Measure nested guests on the L0 hypervisor instead of the library alone
+    #[arg(long, value_enum, value_name = "EXTENSION")]
+    nested: Option<Extension>,
     /// Only names that begin with PREFIX
     #[arg(value_name = "PREFIX")]
     prefix: Option<String>,
@@ -44,14 +48,22 @@ const LIMITS: &[(&str, u64)] = &[
     ("hypercall.flush_list.xmm.1", 200),
     ("hypercall.flush_list.xmm.11", 250),
     ("hypercall.flush_list_ex.memory.64banks.444ranges", 2500),
+    ("nested.svm.l1_cpuid", 400),
+    ("nested.svm.l2_cpuid_roundtrip", 2000),
+    ("nested.svm.l1_vmload", 300),
 ];
 
 /// Measures, prints, writes.
 pub fn run(ctx: &Ctx, args: Args) -> Result<()> {
-    setup::need(ctx, setup::VALGRIND)?;
     let mut log = Log::create(ctx, "bench")?;
-    let runner = runner(ctx, &mut log)?;
-    let mut counts = library(ctx, &mut log, &runner)?;
+    let mut counts = match args.nested {
+        Some(extension) => nested_bench::run(ctx, &mut log, extension)?,
+        None => {
+            setup::need(ctx, setup::VALGRIND)?;
+            let runner = runner(ctx, &mut log)?;
+            library(ctx, &mut log, &runner)?
+        }
+    };
     if let Some(prefix) = &args.prefix {
         counts.retain(|count| count.name.starts_with(prefix));
     }

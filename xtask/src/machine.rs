@@ -37,6 +37,8 @@ pub struct Run<'a> {
     pub cpu: &'a str,
     /// Number of processors.
     pub cpus: u32,
+    /// One tick of the time stamp counter is one instruction; processors take turns.
+    pub icount: bool,
     /// Time limit.
     pub timeout: Duration,
     /// An empty directory for the run's files.
@@ -73,12 +75,16 @@ impl Ended {
 pub fn qemu(run: &Run<'_>, accel: Accel) -> Result<Ended> {
     let mut command = Command::new("qemu-system-x86_64");
     let accels: &[&str] = match accel {
+        _ if run.icount => &["tcg,thread=single"],
         Accel::Auto => &["kvm", "tcg,thread=multi"],
         Accel::Tcg => &["tcg,thread=multi"],
         Accel::Kvm => &["kvm"],
     };
     for accel in accels {
         command.args(["-accel", accel]);
+    }
+    if run.icount {
+        command.args(["-icount", "shift=0,sleep=off"]);
     }
     command.args(["-cpu", run.cpu, "-smp", &run.cpus.to_string(), "-m", "256"]);
     command.args(["-no-reboot", "-nodefaults", "-display", "none", "-serial", "file:serial.txt"]);

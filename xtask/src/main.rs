@@ -7,6 +7,7 @@ mod bench;
 mod ctx;
 mod images;
 mod machine;
+mod nested_bench;
 mod qemu_test;
 mod run_l1;
 mod scenarios;

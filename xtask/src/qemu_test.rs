@@ -135,6 +135,7 @@ fn run_one(ctx: &Ctx, options: &Options, images: &Images, scenario: &'static Sce
         modules: &modules(images, scenario, cpus, &directory)?,
         cpu: scenario.machine.cpu(),
         cpus,
+        icount: false,
         timeout: Duration::from_secs(options.timeout.unwrap_or(scenario.timeout)),
         directory: &directory,
     };
