@@ -46,8 +46,12 @@ pub struct Tables<'a, F, K, const ROOTS: usize> {
     pool: PagePool<'a>,
     roots: [Root<K>; ROOTS],
     active: Option<usize>,
+    /// Key and top table of the active root, at hand for every entry.
+    current: Option<(K, Hpa)>,
     clock: u64,
     levels: u8,
+    /// First L2 GPA that is wider than the tables.
+    limit: u64,
     tag_stale: bool,
     format: PhantomData<F>,
 }
@@ -55,19 +59,20 @@ pub struct Tables<'a, F, K, const ROOTS: usize> {
 /// Bits of a GPA below the index of `level`.
 #[inline]
 const fn span_shift(level: u8) -> u32 {
-    12u32.saturating_add(9u32.saturating_mul((level as u32).saturating_sub(1)))
+    // Levels are 1 to 6: at most 57 bits.
+    12u32.wrapping_add(9u32.wrapping_mul((level as u32).wrapping_sub(1)))
 }
 
 /// Index of `gpa` in a table of `level`.
 #[inline]
 fn index(gpa: L2Gpa, level: u8) -> usize {
-    (gpa.raw().checked_shr(span_shift(level)).unwrap_or(0) & 511) as usize
+    (gpa.raw().wrapping_shr(span_shift(level)) & 511) as usize
 }
 
 /// Bytes that an entry of `level` covers.
 #[inline]
 fn span(level: u8) -> u64 {
-    1u64.checked_shl(span_shift(level)).unwrap_or(u64::MAX)
+    1u64.wrapping_shl(span_shift(level))
 }
 
 impl<'a, F: EntryFormat, K: Copy + Eq, const ROOTS: usize> Tables<'a, F, K, ROOTS> {
@@ -87,7 +92,17 @@ impl<'a, F: EntryFormat, K: Copy + Eq, const ROOTS: usize> Tables<'a, F, K, ROOT
             let mut top = PageList::EMPTY;
             root.top = pool.take(&mut top, levels).ok_or(ShadowError::TooFewPages { needed })?;
         }
-        Ok(Self { pool, roots, active: None, clock: 0, levels, tag_stale: false, format: PhantomData })
+        Ok(Self {
+            pool,
+            roots,
+            active: None,
+            current: None,
+            clock: 0,
+            levels,
+            limit: span(levels.saturating_add(1)),
+            tag_stale: false,
+            format: PhantomData,
+        })
     }
 
     /// Makes the root for `key` the active one and returns the host physical address of its top table, which stays
@@ -95,17 +110,17 @@ impl<'a, F: EntryFormat, K: Copy + Eq, const ROOTS: usize> Tables<'a, F, K, ROOT
     /// is emptied for it. A change of the active root makes the tag stale.
     #[inline]
     pub fn activate(&mut self, key: K) -> Hpa {
-        if let Some(root) = self.active_root()
-            && root.key == Some(key)
-        {
-            return self.pool.hpa(root.top);
+        match self.current {
+            Some((current, top)) if current == key => top,
+            _ => self.switch_to(key),
         }
-        self.switch_to(key)
     }
 
+    #[cold]
     fn switch_to(&mut self, key: K) -> Hpa {
         self.tag_stale = true;
         self.active = None;
+        self.current = None;
         self.clock = self.clock.wrapping_add(1);
         let mut chosen = 0;
         let mut oldest = u64::MAX;
@@ -127,13 +142,16 @@ impl<'a, F: EntryFormat, K: Copy + Eq, const ROOTS: usize> Tables<'a, F, K, ROOT
         let Some(root) = self.roots.get_mut(chosen) else { return Hpa::new(0) };
         root.key = Some(key);
         root.last_used = clock;
+        let top = self.pool.hpa(root.top);
         self.active = Some(chosen);
-        self.pool.hpa(root.top)
+        self.current = Some((key, top));
+        top
     }
 
     /// No root is active from here on: L2 does not run, or runs without nested paging of its own. The tag becomes
     /// stale if there was one.
     pub fn deactivate(&mut self) {
+        self.current = None;
         if self.active.take().is_some() {
             self.tag_stale = true;
         }
@@ -142,7 +160,7 @@ impl<'a, F: EntryFormat, K: Copy + Eq, const ROOTS: usize> Tables<'a, F, K, ROOT
     /// Key of the active root.
     #[inline]
     pub fn active_key(&self) -> Option<K> {
-        self.active_root().and_then(|root| root.key)
+        self.current.map(|(key, _)| key)
     }
 
     /// True when translations cached under the VP's hardware tag for L2 may be wrong.
@@ -165,7 +183,7 @@ impl<'a, F: EntryFormat, K: Copy + Eq, const ROOTS: usize> Tables<'a, F, K, ROOT
     /// Puts `leaf` into the active root, as a smaller page where a table of smaller pages is in place already. False
     /// when no root is active or the address is wider than the tables are; then nothing was done.
     pub fn install(&mut self, leaf: &Leaf) -> bool {
-        if leaf.l2.raw() >= span(self.levels.saturating_add(1)) {
+        if leaf.l2.raw() >= self.limit {
             return false;
         }
         // Once more when the pool had to be emptied, which makes room for a whole path.
@@ -280,7 +298,7 @@ impl<'a, F: EntryFormat, K: Copy + Eq, const ROOTS: usize> Tables<'a, F, K, ROOT
     /// Drops every leaf below `top` that overlaps the range: steps from entry to entry, over what is not mapped by
     /// the size of the empty entry.
     fn drop_range(&mut self, top: u32, start: L2Gpa, bytes: u64) {
-        let end = start.raw().saturating_add(bytes).min(span(self.levels.saturating_add(1)));
+        let end = start.raw().saturating_add(bytes).min(self.limit);
         let mut gpa = start.raw();
         while gpa < end {
             let mut page = top;
@@ -380,21 +398,38 @@ impl<'a, F: EntryFormat, K: Copy + Eq, const ROOTS: usize> Tables<'a, F, K, ROOT
         self.active.and_then(|active| self.roots.get(active))
     }
 
-    /// What the active root says about `l2` now, for tests and auditors: the entry that maps it, and the page's size.
+    /// What the active root says about `l2` now: the entry that maps it, hardware's accessed and dirty bits included,
+    /// and the page's size.
     pub fn lookup(&self, l2: L2Gpa) -> Option<(u64, PageSize)> {
+        self.find(l2).map(|(entry, size, _)| (entry, size))
+    }
+
+    /// The L1 GPA that the active root's entry for `l2` was composed from, and the entry: a translation that L2 may
+    /// use just as well, so the one that an access on behalf of L2 may use.
+    #[inline]
+    pub fn translate(&self, l2: L2Gpa) -> Option<(L1Gpa, u64)> {
+        let (entry, size, l1) = self.find(l2)?;
+        Some((L1Gpa::new(l1.raw() | (l2.raw() & size.offset_mask())), entry))
+    }
+
+    #[inline]
+    fn find(&self, l2: L2Gpa) -> Option<(u64, PageSize, L1Gpa)> {
         let mut page = self.active_root()?.top;
-        let mut level = self.levels;
-        if l2.raw() >= span(level.saturating_add(1)) {
+        if l2.raw() >= self.limit {
             return None;
         }
+        let mut level = self.levels;
+        let mut shift = span_shift(level);
+        // One round per level: the tables of level 1 hold leaves only.
         while level > 0 {
-            let slot = index(l2, level);
+            let slot = (l2.raw().wrapping_shr(shift) & 511) as usize;
             match self.pool.slot(page, slot) {
                 Slot::Empty => return None,
-                Slot::Leaf(_) => return Some((self.pool.entry(page, slot), PageSize::of_level(level))),
+                Slot::Leaf(l1) => return Some((self.pool.entry(page, slot), PageSize::of_level(level), l1)),
                 Slot::Table(below) => page = below,
             }
-            level = level.saturating_sub(1);
+            shift = shift.wrapping_sub(9);
+            level = level.wrapping_sub(1);
         }
         None
     }

@@ -46,7 +46,7 @@ pub enum PagingMode {
 }
 
 /// How L1's nested page tables are to be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct NptFormat {
     /// Levels and entry size.
     pub mode: PagingMode,
@@ -58,7 +58,28 @@ pub struct NptFormat {
     pub gib_pages: bool,
 }
 
+/// Formats are compared at every entry of L2: as one number.
+impl PartialEq for NptFormat {
+    #[inline]
+    fn eq(&self, other: &Self) -> bool {
+        self.number() == other.number()
+    }
+}
+
+impl Eq for NptFormat {}
+
 impl NptFormat {
+    #[inline(always)]
+    const fn number(self) -> u32 {
+        let mode = match self.mode {
+            PagingMode::Legacy { pse } => pse as u32,
+            PagingMode::Pae => 2,
+            PagingMode::Long4 => 3,
+            PagingMode::Long5 => 4,
+        };
+        mode | (self.nxe as u32) << 4 | (self.gib_pages as u32) << 5 | (self.phys_bits as u32) << 8
+    }
+
     /// The format that L1's CR0, CR4 and EFER at VMRUN select, or `None` when L1's paging is off: then VMRUN with
     /// nested paging is refused. `phys_bits` and `gib_pages` are what L1's CPUID says.
     pub const fn from_registers(cr0: u64, cr4: u64, efer: u64, phys_bits: u8, gib_pages: bool) -> Option<Self> {
@@ -76,6 +97,7 @@ impl NptFormat {
     }
 
     /// Levels of tables, the top one's number.
+    #[inline(always)]
     pub const fn levels(self) -> u8 {
         match self.mode {
             PagingMode::Legacy { .. } => 2,
@@ -86,6 +108,7 @@ impl NptFormat {
     }
 
     /// Bytes per entry.
+    #[inline(always)]
     pub const fn entry_bytes(self) -> u64 {
         match self.mode {
             PagingMode::Legacy { .. } => 4,
@@ -94,11 +117,13 @@ impl NptFormat {
     }
 
     /// True when no-execute is in force: what makes EXITINFO1 show instruction fetches.
+    #[inline(always)]
     pub const fn no_execute(self) -> bool {
         self.nxe && !matches!(self.mode, PagingMode::Legacy { .. })
     }
 
     /// The top table that nCR3 names.
+    #[inline(always)]
     pub const fn top(self, ncr3: u64) -> L1Gpa {
         L1Gpa::new(match self.mode {
             PagingMode::Legacy { .. } => ncr3 & 0xFFFF_F000,
@@ -108,6 +133,7 @@ impl NptFormat {
     }
 
     /// True when `gpa` is within what the tables can translate.
+    #[inline(always)]
     pub const fn reaches(self, gpa: L2Gpa) -> bool {
         let width = match self.mode {
             PagingMode::Legacy { .. } | PagingMode::Pae => 32,
@@ -118,33 +144,35 @@ impl NptFormat {
     }
 
     /// Base-2 logarithm of what an entry of `level` covers.
+    #[inline(always)]
     pub(super) const fn shift(self, level: u8) -> u32 {
         let index_bits = match self.mode {
             PagingMode::Legacy { .. } => 10u32,
             _ => 9,
         };
-        12u32.saturating_add(index_bits.saturating_mul((level as u32).saturating_sub(1)))
+        12u32.wrapping_add(index_bits.wrapping_mul((level as u32).wrapping_sub(1)))
     }
 
-    /// The entry for `gpa` in the table of `level` at `table`, or `None` past the end of 64 bits.
-    pub(super) const fn entry_address(self, table: L1Gpa, level: u8, gpa: L2Gpa) -> Option<L1Gpa> {
+    /// The entry for `gpa` in the table of `level` at `table`.
+    #[inline(always)]
+    pub(super) const fn entry_address(self, table: L1Gpa, level: u8, gpa: L2Gpa) -> L1Gpa {
         let mask = match self.mode {
             PagingMode::Legacy { .. } => 0x3FF,
             _ => 0x1FF,
         };
-        let index = match gpa.raw().checked_shr(self.shift(level)) {
-            Some(index) => index & mask,
-            None => 0,
-        };
-        table.checked_add(index.wrapping_mul(self.entry_bytes()))
+        // Levels are 1 to 5, so shifts stay below 64; tables lie below 2^52.
+        let index = gpa.raw().wrapping_shr(self.shift(level)) & mask;
+        L1Gpa::new(table.raw().wrapping_add(index.wrapping_mul(self.entry_bytes())))
     }
 
     /// True for the top entries of PAE, which have neither rights nor an accessed bit.
+    #[inline(always)]
     pub(super) const fn is_pdpte(self, level: u8) -> bool {
         matches!(self.mode, PagingMode::Pae) && level == 3
     }
 
     /// True when `entry` of `level` maps a page. Decide only after [`reserved`](Self::reserved) found nothing.
+    #[inline(always)]
     pub(super) const fn is_leaf(self, level: u8, entry: u64) -> bool {
         match (level, self.mode) {
             (1, _) => true,
@@ -156,6 +184,7 @@ impl NptFormat {
     }
 
     /// The reserved bits that are set in a present `entry` of `level`.
+    #[inline(always)]
     pub(super) const fn reserved(self, level: u8, entry: u64) -> u64 {
         let mask = match self.mode {
             PagingMode::Legacy { .. } => {
@@ -180,11 +209,13 @@ impl NptFormat {
         entry & mask
     }
 
+    #[inline(always)]
     const fn reserved_nx(self) -> u64 {
         if self.nxe { 0 } else { NX }
     }
 
     /// Reserved bits that depend on the page size bit, in entries of levels 2 and 3 of 8 bytes.
+    #[inline(always)]
     const fn reserved_large(self, level: u8, entry: u64) -> u64 {
         match (level, entry & PS != 0) {
             (2, true) => 0xFF << 13,
@@ -196,6 +227,7 @@ impl NptFormat {
     }
 
     /// The next table, or the start of the page, that `entry` of `level` names.
+    #[inline(always)]
     pub(super) const fn target(self, level: u8, entry: u64) -> L1Gpa {
         let page = !low_mask(self.shift(level));
         L1Gpa::new(match (self.mode, self.is_leaf(level, entry)) {
@@ -214,15 +246,14 @@ const HIGH: u64 = 0x7FF << 52;
 /// Bits 51:12.
 const ADDRESS: u64 = 0x000F_FFFF_FFFF_F000;
 
-/// The low `bits` bits.
+/// The low `bits` bits, for fewer than 64.
+#[inline(always)]
 pub(super) const fn low_mask(bits: u32) -> u64 {
-    match 1u64.checked_shl(bits) {
-        Some(bit) => bit.wrapping_sub(1),
-        None => u64::MAX,
-    }
+    1u64.wrapping_shl(bits).wrapping_sub(1)
 }
 
-/// Address bits 51 and below that are not among the low `phys_bits`.
+/// Address bits 51 and below that are not among the low `phys_bits`; none for widths of 52 and above.
+#[inline(always)]
 const fn above(phys_bits: u8) -> u64 {
-    ADDRESS & !low_mask(phys_bits as u32)
+    if phys_bits > 51 { 0 } else { ADDRESS & !low_mask(phys_bits as u32) }
 }

@@ -13,7 +13,7 @@ mod shadow;
 mod walk;
 
 pub use format::{NptFormat, PagingMode};
-pub use shadow::{Cause, L1Access, NptContext, NptEntry, NptOutcome, NptShadow};
+pub use shadow::{CachedWalk, Cause, L1Access, NptContext, NptEntry, NptOutcome, NptShadow};
 pub use walk::{NptWalk, WalkFault, walk};
 
 /// EXITINFO1 of a nested page fault (APM volume 2, 15.25.6): bits 4:0 are those of a page-fault error code.

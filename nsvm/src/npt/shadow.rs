@@ -3,14 +3,14 @@
 //! Used by the state machine of a VP; uses the walk of L1's tables and the shadow trees of `hvcore`.
 
 use hvcore::addr::{Hpa, L1Gpa, L2Gpa};
-use hvcore::memory::{Access, GuestMemory};
+use hvcore::memory::{Access, GuestMemory, SecondStage, TranslateError};
 use hvcore::shadow::{
     EntryFormat, L1Change, L1Map, Leaf, Mapping, PagePool, PageSize, Rights, ShadowError, Tables, TagFlush,
 };
 
 use super::format::{A, D, NX, NptFormat, P, PS, U, W};
 use super::info1;
-use super::walk::{WalkFault, Walked, walk_for};
+use super::walk::{NptWalk, WalkFault, Walked, walk_for};
 
 /// PAT bit of a 4 KiB entry, and of a larger one.
 const PAT_4K: u64 = 1 << 7;
@@ -200,6 +200,19 @@ impl<'a, const ROOTS: usize> NptShadow<'a, ROOTS> {
         NptOutcome::Embedder(L1Access { l1: walked.l1, l2: gpa, access, table_walk, cause })
     }
 
+    /// The L1 GPA of `gpa` for `access` if the active context has it at hand with the rights. A translation that L2
+    /// itself may use without a walk, accessed and dirty bits set already; much cheaper than one.
+    #[inline]
+    pub fn cached(&self, gpa: L2Gpa, access: Access) -> Option<L1Gpa> {
+        let (l1, entry) = self.tables.translate(gpa)?;
+        let allowed = match access {
+            Access::Read => true,
+            Access::Write => entry & W != 0,
+            Access::Execute => entry & NX == 0,
+        };
+        allowed.then_some(l1)
+    }
+
     /// L1 flushed `asid` (TLB_CONTROL 3 or 7, INVLPGA): its translations are dropped. Contexts of the enlightened
     /// NPT TLB keep theirs; the caller flushes the hardware tag in any case, for the L2 virtual addresses in it.
     pub fn flush_asid(&mut self, asid: u32) -> TagFlush {
@@ -240,6 +253,26 @@ impl<'a, const ROOTS: usize> NptShadow<'a, ROOTS> {
     /// The shadow entry that maps `gpa` in the active context, and the size of its page: for tests and auditors.
     pub fn lookup(&self, gpa: L2Gpa) -> Option<(u64, PageSize)> {
         self.tables.lookup(gpa)
+    }
+}
+
+/// L1's tables for L2 as the second stage of a caller in L2: translations that the shadow has at hand, and walks.
+#[derive(Clone, Copy, Debug)]
+pub struct CachedWalk<'a, 'p, M: ?Sized, const ROOTS: usize> {
+    /// The shadow, with the context of `walk` active. What is pending against it (flush requests, changes of L1's
+    /// memory) has been carried out.
+    pub shadow: &'a NptShadow<'p, ROOTS>,
+    /// The walk of L1's tables.
+    pub walk: NptWalk<'a, M>,
+}
+
+impl<M: GuestMemory + ?Sized, const ROOTS: usize> SecondStage for CachedWalk<'_, '_, M, ROOTS> {
+    #[inline]
+    fn walk(&self, gpa: L2Gpa, access: Access) -> Result<L1Gpa, TranslateError> {
+        match self.shadow.cached(gpa, access) {
+            Some(l1) => Ok(l1),
+            None => self.walk.walk(gpa, access),
+        }
     }
 }
 

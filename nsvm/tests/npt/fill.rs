@@ -3,7 +3,7 @@
 use hvcore::addr::{Hpa, L2Gpa};
 use hvcore::memory::{Access, SecondStage};
 use hvcore::shadow::{PagePool, PageRecord, PageSize, ShadowError, ShadowPage};
-use nsvm::npt::{Cause, L1Access, NptFormat, NptOutcome, NptShadow, NptWalk};
+use nsvm::npt::{CachedWalk, Cause, L1Access, NptFormat, NptOutcome, NptShadow, NptWalk};
 
 use crate::machine::*;
 
@@ -295,4 +295,34 @@ fn a_hypercall_s_walk_answers_and_marks_as_an_access_does() {
     assert_eq!(go(0x20_3ABC, Access::Execute), Some(0x7_5ABC));
     assert_eq!(machine.get(at) & (A | D), A | D);
     assert_eq!(go(0x20_4ABC, Access::Read), None);
+}
+
+/// The shadow answers for what L2 may do without a fault; everything else is a walk.
+#[test]
+fn a_cached_walk_reads_tables_only_for_what_is_not_at_hand() {
+    let (machine, mut shadow) = start(LONG);
+    let at = machine.map(LONG, 0x20_0000, 0x40_0000, 2, ALL);
+    fault(&mut shadow, &machine, 0x20_0000, FETCH | FINAL);
+    let go = |shadow: &NptShadow<'_>, access| {
+        let walk = NptWalk { memory: &machine, format: LONG, ncr3: TOP };
+        CachedWalk { shadow, walk }.walk(L2Gpa::new(0x21_2ABC), access).ok().map(hvcore::addr::L1Gpa::raw)
+    };
+    let exchanges = machine.exchanges.get();
+    for access in [Access::Read, Access::Execute] {
+        assert_eq!(go(&shadow, access), Some(0x41_2ABC));
+    }
+    assert_eq!(machine.exchanges.get(), exchanges, "no entry was touched");
+    // Clean in L1's tables, so not writable in the shadow: the walk sets the dirty bit.
+    assert_eq!(go(&shadow, Access::Write), Some(0x41_2ABC));
+    assert_eq!(machine.get(at) & D, D);
+    fault(&mut shadow, &machine, 0x20_0000, WRITE | FINAL);
+    // As in a TLB, what is at hand is used until it is flushed.
+    machine.set(at, 0);
+    assert_eq!(go(&shadow, Access::Write), Some(0x41_2ABC));
+    shadow.flush_asid(1);
+    assert_eq!(go(&shadow, Access::Read), None);
+    machine.set(at, 0x40_0000 | PS | P | U | NX);
+    fault(&mut shadow, &machine, 0x20_0000, READ | FINAL);
+    assert_eq!(shadow.cached(L2Gpa::new(0x20_0000), Access::Execute), None);
+    assert_eq!(go(&shadow, Access::Execute), None);
 }
