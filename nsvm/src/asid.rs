@@ -51,6 +51,8 @@ pub struct AsidPool {
     generation: u64,
     flush_all: bool,
     flush_by_asid: bool,
+    /// An entry was prepared and has not happened yet.
+    prepared: bool,
 }
 
 impl AsidPool {
@@ -62,7 +64,7 @@ impl AsidPool {
         if count < 2 {
             return None;
         }
-        Some(Self { cpu, limit: count, next: 1, generation: 1, flush_all: true, flush_by_asid })
+        Some(Self { cpu, limit: count, next: 1, generation: 1, flush_all: true, flush_by_asid, prepared: false })
     }
 
     /// The ASID and TLB_CONTROL to enter `tag`'s context with; a tag that is not good here becomes one that is.
@@ -79,6 +81,7 @@ impl AsidPool {
         } else {
             tlb::NONE
         };
+        self.prepared = true;
         Assigned { asid: tag.asid, tlb_control }
     }
 
@@ -95,8 +98,12 @@ impl AsidPool {
     /// The VM entry that [`assign`](Self::assign) was for happened, so its flush did.
     #[inline]
     pub const fn entered(&mut self, tag: &mut Tag) {
-        self.flush_all = false;
-        tag.flush = false;
+        // An exit without an entry of ours (a state just restored) flushed nothing.
+        if self.prepared {
+            self.prepared = false;
+            self.flush_all = false;
+            tag.flush = false;
+        }
     }
 
     /// The next entry on this CPU flushes every ASID.

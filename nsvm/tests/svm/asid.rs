@@ -75,3 +75,11 @@ fn a_tag_of_another_cpu_is_not_good_here() {
     // Back again: whatever was cached here under ASID 2 may be stale by now.
     assert_eq!(here.assign(&mut tag).asid, 3);
 }
+
+#[test]
+fn an_exit_without_a_prepared_entry_flushed_nothing() {
+    let mut pool = AsidPool::new(0, 16, false).unwrap();
+    let mut tag = Tag::default();
+    pool.entered(&mut tag);
+    assert_eq!(pool.assign(&mut tag).tlb_control, tlb::ALL);
+}

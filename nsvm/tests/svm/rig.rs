@@ -118,7 +118,7 @@ pub fn host(features: Features) -> Host {
         phys_bits: 40,
         cr4_valid: 0x0037_07FF,
         efer_valid: 0xFD01,
-        intercepts: Host::intercepts_of(true, true, true, false, false),
+        intercepts: Host::intercepts_of(true, true, true, false, true),
     }
 }
 

@@ -1,7 +1,7 @@
 use hvcore::addr::Level;
 use nsvm::caps::{Config, Features};
 use nsvm::vmcb::Segment;
-use nsvm::vmcb::bits::{clean, cr0, efer, int_ctl, misc1, misc2, rflags, seg, tlb};
+use nsvm::vmcb::bits::{clean, cr0, efer, int_ctl, misc1, misc2, misc3, rflags, seg, tlb};
 use nsvm::{Invalidate, L1Exit, exit_code};
 
 use crate::rig::{IOPM02, MSRPM02, Rig, VMCB12, plain};
@@ -96,7 +96,7 @@ fn what_was_not_offered_is_ignored() {
     let control = &rig.vmcb02.control;
     assert_eq!((control.np_control, control.virt_ext), (1, 0));
     assert_eq!(control.intercepts.misc2 & misc2::RDPRU, 0);
-    assert_eq!(control.intercepts.misc3, 0);
+    assert_eq!(control.intercepts.misc3, misc3::INVPCID);
     assert_eq!(rig.nested.vmcb12_control().int_ctl & (int_ctl::AVIC | int_ctl::V_GIF_ENABLE | int_ctl::V_NMI), 0);
     assert_eq!(rig.nested.enlightenments().vm_id, 0);
 }
@@ -107,7 +107,8 @@ fn permission_faults() {
     let mut rig = Rig::new();
     assert_eq!(rig.vmrun(), L1Exit::Resume);
     assert_eq!(rig.vmcb01.control.event_inj, ud());
-    let cases: [(u64, fn(&mut Rig)); 5] = [
+    type Change = fn(&mut Rig);
+    let cases: [(u64, Change); 5] = [
         (ud(), |r| r.vmcb01.save.cr0 &= !cr0::PE),
         (ud(), |r| r.vmcb01.save.rflags |= rflags::VM),
         (gp(), |r| r.vmcb01.save.cpl = 3),
