@@ -33,6 +33,15 @@ enum Blocking {
     AtIret(u64),
 }
 
+/// A single step of the library's own, and what was there before it.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    /// The guest's own RFLAGS.TF.
+    tf: bool,
+    /// #DB was intercepted anyway.
+    intercepted: bool,
+}
+
 /// Pending events of one VP.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Events {
@@ -41,8 +50,10 @@ pub(crate) struct Events {
     init: bool,
     interrupt: Option<u8>,
     blocking: Blocking,
-    /// A single step of the library's own is under way; holds the guest's own TF.
-    step: Option<bool>,
+    /// A single step of the library's own is under way.
+    step: Option<Step>,
+    /// VMCB01's IRET intercept is the library's.
+    iret01: bool,
     /// The V_IRQ of the VMCB in use is a window of the library's own.
     window: bool,
 }
@@ -50,19 +61,17 @@ pub(crate) struct Events {
 impl Events {
     #[inline]
     const fn any(&self) -> bool {
-        self.nmi || self.init || self.interrupt.is_some() || self.step.is_some()
+        self.nmi || self.init || self.interrupt.is_some() || self.watches_iret()
     }
 
-    /// True when the IRET intercept is the library's.
-    #[inline]
-    pub(crate) const fn watches_iret(&self) -> bool {
+    const fn watches_iret(&self) -> bool {
         matches!(self.blocking, Blocking::On)
     }
 
-    /// Exceptions that are intercepted for the library's sake.
+    /// Intercepts of vector 3 that VMCB01 has for the library's sake.
     #[inline]
-    pub(crate) const fn watched_exceptions(&self) -> u32 {
-        (self.step.is_some() as u32) << DB
+    pub(crate) const fn watched_misc1(&self) -> u32 {
+        if self.iret01 { misc1::IRET } else { 0 }
     }
 }
 
@@ -119,7 +128,15 @@ impl NestedSvm {
         &mut self,
         m: &mut Machine<'_, G, M, C>,
     ) -> Delivery {
-        if self.events.any() { self.deliver_pending(m) } else { Delivery::Run { soon: false } }
+        if !self.events.any() {
+            return Delivery::Run { soon: false };
+        }
+        let delivery = self.deliver_pending(m);
+        if self.events.watches_iret() {
+            self.events.iret01 |= self.level == Level::L1;
+            current(self.level, m).control.intercepts.misc1 |= misc1::IRET;
+        }
+        delivery
     }
 
     #[cold]
@@ -201,7 +218,6 @@ impl NestedSvm {
                 self.events.nmi = false;
                 self.events.blocking = Blocking::On;
                 vmcb.control.event_inj = Event::nmi().raw();
-                vmcb.control.intercepts.misc1 |= misc1::IRET;
                 return Delivery::Run { soon: self.events.interrupt.is_some() };
             }
             if !self.events.watches_iret() {
@@ -234,32 +250,33 @@ impl NestedSvm {
 
     fn start_step(&mut self, vmcb: &mut Vmcb) {
         if self.events.step.is_none() {
-            self.events.step = Some(vmcb.save.rflags & rflags::TF != 0);
+            self.events.step = Some(Step {
+                tf: vmcb.save.rflags & rflags::TF != 0,
+                intercepted: vmcb.control.intercepts.exceptions & 1 << DB != 0,
+            });
             vmcb.save.rflags |= rflags::TF;
             vmcb.control.intercepts.exceptions |= 1 << DB;
         }
     }
 
-    /// Takes the library's own single step and IRET watch out of `vmcb`, which stops running or was reached by them.
-    pub(crate) fn cancel_step(&mut self, vmcb: &mut Vmcb) {
-        if let Some(own) = self.events.step.take() {
-            if !own {
+    /// Takes the library's own single step out of `vmcb`, which stops running or has done it.
+    pub(crate) const fn cancel_step(&mut self, vmcb: &mut Vmcb) {
+        if let Some(step) = self.events.step.take() {
+            if !step.tf {
                 vmcb.save.rflags &= !rflags::TF;
             }
-            vmcb.control.intercepts.exceptions &= !(1 << DB);
+            if !step.intercepted {
+                vmcb.control.intercepts.exceptions &= !(1 << DB);
+            }
         }
     }
 
     /// An exit that the library caused for its own ends: IRET watch, single step, interrupt window. `true` when it was
-    /// and is dealt with.
+    /// and nobody else has a use for it.
     #[inline]
     pub(crate) fn own_exit(&mut self, vmcb: &mut Vmcb, code: u64) -> bool {
         match code {
-            exit_code::IRET if self.events.watches_iret() => {
-                vmcb.control.intercepts.misc1 &= !misc1::IRET;
-                self.events.blocking = Blocking::AtIret(vmcb.save.rip);
-                true
-            }
+            exit_code::IRET if self.events.watches_iret() || self.events.iret01 => self.iret_reached(vmcb),
             exit_code::VINTR if self.events.window => {
                 self.events.window = false;
                 true
@@ -269,23 +286,40 @@ impl NestedSvm {
         }
     }
 
+    /// The guest is about to execute IRET, which ends the blocking of NMIs.
+    #[cold]
+    fn iret_reached(&mut self, vmcb: &mut Vmcb) -> bool {
+        if self.events.watches_iret() {
+            self.events.blocking = Blocking::AtIret(vmcb.save.rip);
+        }
+        let l1_wants = self.level == Level::L2 && self.control.intercepts.misc1 & misc1::IRET != 0;
+        if !l1_wants {
+            vmcb.control.intercepts.misc1 &= !misc1::IRET;
+        }
+        if self.level == Level::L1 {
+            self.events.iret01 = false;
+        }
+        !l1_wants
+    }
+
     #[cold]
     fn step_done(&mut self, vmcb: &mut Vmcb) -> bool {
-        let at_iret = matches!(self.events.blocking, Blocking::AtIret(_));
-        let own = self.events.step.unwrap_or_default();
-        if at_iret {
+        let Some(step) = self.events.step else { return false };
+        if matches!(self.events.blocking, Blocking::AtIret(_)) {
             // IRET loaded RFLAGS: TF is the guest's.
-            self.events.step = Some(true);
+            self.events.step = Some(Step { tf: true, ..step });
             self.events.blocking = Blocking::Off;
         }
         self.cancel_step(vmcb);
-        if own {
-            // The guest steps itself: this trap is its own.
-            vmcb.inject_exception(DB, None);
-        } else {
+        if !step.tf {
             vmcb.save.dr6 &= !DR6_BS;
+            return true;
         }
-        true
+        // The guest steps itself: this trap is its own, or belongs to whoever intercepts #DB.
+        if !step.intercepted {
+            vmcb.inject_exception(DB, None);
+        }
+        !step.intercepted
     }
 }
 

@@ -86,7 +86,7 @@ impl NestedSvm {
             exit_code::IOIO => self.l2_io(m),
             exit_code::VMMCALL => self.l2_vmmcall(m, direct),
             _ if self.own_exit(m.vmcb02, code) => L2Exit::Resume,
-            _ if self.embedder_keeps(m.vmcb01, code) => L2Exit::Embedder,
+            _ if Self::embedder_keeps(m.vmcb01, code) => L2Exit::Embedder,
             _ if self.l1_wants(code) => self.reflect(m),
             _ => self.l2_unwanted(m, code),
         }
@@ -107,9 +107,8 @@ impl NestedSvm {
 
     /// Exceptions that the embedder intercepts in L1 are its own in L2 too. If it has no use for one it calls
     /// [`reflect`](Self::reflect).
-    fn embedder_keeps(&self, vmcb01: &Vmcb, code: u64) -> bool {
-        let own = vmcb01.control.intercepts.exceptions & !self.events.watched_exceptions();
-        matches!(code, 0x40..=0x5F) && own >> (code & 31) & 1 != 0
+    fn embedder_keeps(vmcb01: &Vmcb, code: u64) -> bool {
+        matches!(code, 0x40..=0x5F) && vmcb01.control.intercepts.exceptions >> (code & 31) & 1 != 0
     }
 
     /// True when L1's intercepts name `code`.

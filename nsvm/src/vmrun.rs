@@ -222,11 +222,7 @@ impl NestedSvm {
     pub(crate) fn merge_intercepts(&self, own: &Intercepts) -> Intercepts {
         let control = &self.control;
         let mut own = *own;
-        own.misc1 &= !(misc1::VINTR | misc1::PAUSE);
-        if self.events.watches_iret() {
-            own.misc1 &= !misc1::IRET;
-        }
-        own.exceptions &= !self.events.watched_exceptions();
+        own.misc1 &= !(misc1::VINTR | misc1::PAUSE | self.events.watched_misc1());
         if control.int_ctl & int_ctl::V_INTR_MASKING != 0 {
             // CR8 is L2's V_TPR then.
             own.cr &= !(1 << 8 | 1 << 24);

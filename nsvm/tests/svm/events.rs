@@ -252,3 +252,70 @@ fn an_interrupt_that_l1_does_not_intercept_is_l2s() {
     assert_eq!(rig.vmcb12.control.int_ctl, int_ctl::V_IRQ | 0x99 << 32);
     assert_eq!((rig.vmcb01.save.rax, rig.vmcb01.save.rip), (VMCB12, L1_RIP + 5));
 }
+
+#[test]
+fn the_iret_watch_follows_the_level_and_leaves_l1s_intercept_alone() {
+    // Injected into L2, which exits before its IRET: L1's IRET ends the blocking.
+    let mut rig = entered(misc1::HLT, |_| ());
+    rig.nested.pend_nmi();
+    rig.prepare();
+    assert_ne!(rig.vmcb02.control.intercepts.misc1 & misc1::IRET, 0);
+    rig.l2_to_l1(exit_code::HLT);
+    stgi(&mut rig);
+    rig.prepare();
+    assert_ne!(rig.vmcb01.control.intercepts.misc1 & misc1::IRET, 0);
+    // L2's IRET ends it, too, and VMCB01's watch goes at its next IRET.
+    rig.enter();
+    rig.prepare();
+    assert_ne!(rig.vmcb02.control.intercepts.misc1 & misc1::IRET, 0);
+    assert_eq!(rig.l2(exit_code::IRET), L2Exit::Resume);
+    assert_eq!(rig.vmcb02.control.intercepts.misc1 & misc1::IRET, 0);
+    rig.prepare();
+    rig.l2_to_l1(exit_code::HLT);
+    stgi(&mut rig);
+    assert_eq!(rig.l1(exit_code::IRET, &[]), L1Exit::Resume);
+    rig.prepare();
+    assert_eq!(rig.vmcb01.control.intercepts.misc1 & misc1::IRET, 0);
+    assert_eq!(rig.l1(exit_code::IRET, &[]), L1Exit::NotMine, "the embedder's, if it is anyone's");
+    // L1 intercepts IRET: it sees it.
+    let mut rig = entered(misc1::IRET, |_| ());
+    rig.nested.pend_nmi();
+    rig.prepare();
+    rig.l2_to_l1(exit_code::IRET);
+    rig.nested.pend_nmi();
+    rig.enter();
+    rig.vmcb02.save.rip += 2;
+    rig.prepare();
+    assert_eq!(rig.vmcb02.control.event_inj, NMI, "L1 did the IRET for L2");
+}
+
+#[test]
+fn a_db_intercept_survives_the_librarys_step() {
+    let mut rig = Rig::ready();
+    rig.vmcb12.control.intercepts.exceptions = 2;
+    rig.vmcb12.control.int_state = 1;
+    rig.enter();
+    rig.nested.pend_nmi();
+    rig.prepare();
+    assert_ne!(rig.vmcb02.save.rflags & rflags::TF, 0);
+    rig.vmcb02.control.int_state = 0;
+    assert_eq!(rig.l2(DB), L2Exit::Resume, "the library's own");
+    assert_eq!(rig.vmcb02.control.intercepts.exceptions, 2);
+    assert_eq!(rig.vmcb02.save.rflags & rflags::TF, 0);
+    rig.prepare();
+    assert_eq!(rig.vmcb02.control.event_inj, NMI);
+    assert_eq!(rig.l2(DB), L2Exit::ToL1);
+}
+
+#[test]
+fn an_exit_takes_the_librarys_step_out_of_l2() {
+    let mut rig = Rig::ready();
+    rig.vmcb12.control.intercepts.misc1 = misc1::HLT;
+    rig.vmcb12.control.int_state = 1;
+    rig.enter();
+    rig.nested.pend_nmi();
+    rig.prepare();
+    assert_ne!(rig.vmcb02.save.rflags & rflags::TF, 0);
+    rig.l2_to_l1(exit_code::HLT);
+    assert_eq!(rig.vmcb12.save.rflags & rflags::TF, 0);
+}
