@@ -5,7 +5,7 @@
 //! found by the IRET intercept and one single step.
 
 use hvcore::addr::Level;
-use hvcore::memory::GuestMemory;
+use hvcore::memory::{GuestMemory, MemoryError};
 
 use crate::exit_code;
 use crate::machine::Machine;
@@ -61,7 +61,7 @@ pub(crate) struct Events {
 impl Events {
     #[inline]
     const fn any(&self) -> bool {
-        self.nmi || self.init || self.interrupt.is_some() || self.watches_iret()
+        self.nmi || self.init || self.interrupt.is_some() || self.watches_iret() || self.shutdown
     }
 
     const fn watches_iret(&self) -> bool {
@@ -144,12 +144,8 @@ impl NestedSvm {
         &mut self,
         m: &mut Machine<'_, G, M, C>,
     ) -> Delivery {
-        if let Some(code) = self.exit_for_event(m) {
-            self.cancel_step(m.vmcb02);
-            self.close_window();
-            if self.vmexit(m, Exit::simple(code)).is_err() {
-                return Delivery::Shutdown;
-            }
+        if self.events.shutdown || self.exit_for_event(m).is_err() {
+            return Delivery::Shutdown;
         }
         if !self.gif {
             return Delivery::Run { soon: false };
@@ -168,8 +164,31 @@ impl NestedSvm {
         self.inject_pending(m)
     }
 
+    /// Lets pending events end L2's run before it goes on; the level that [`prepare_entry`](Self::prepare_entry)
+    /// enters then. For embedders that do something for a level before its entry, such as draining its flush queue.
+    #[inline]
+    pub fn route_events<G: ?Sized, M: GuestMemory + ?Sized, C: ?Sized>(
+        &mut self,
+        m: &mut Machine<'_, G, M, C>,
+    ) -> Level {
+        if self.events.any() && self.exit_for_event(m).is_err() {
+            self.events.shutdown = true;
+        }
+        self.level
+    }
+
+    fn exit_for_event<G: ?Sized, M: GuestMemory + ?Sized, C: ?Sized>(
+        &mut self,
+        m: &mut Machine<'_, G, M, C>,
+    ) -> Result<(), MemoryError> {
+        let Some(code) = self.wanted_exit(m) else { return Ok(()) };
+        self.cancel_step(m.vmcb02);
+        self.close_window();
+        self.vmexit(m, Exit::simple(code))
+    }
+
     /// The exit that a pending event makes L2 take, by priority: INIT, NMI, interrupt.
-    fn exit_for_event<G: ?Sized, M: ?Sized, C: ?Sized>(&self, m: &Machine<'_, G, M, C>) -> Option<u64> {
+    fn wanted_exit<G: ?Sized, M: ?Sized, C: ?Sized>(&self, m: &Machine<'_, G, M, C>) -> Option<u64> {
         if self.level == Level::L1 || !self.gif {
             return None;
         }

@@ -11,7 +11,7 @@ use crate::maps::Bits;
 use crate::msr::MsrAccess;
 use crate::state::NestedSvm;
 use crate::vmcb::bits::{Event, int_ctl, misc1, np};
-use crate::vmcb::{ENLIGHTEN_NESTED_FLUSH, Enlightenments, Vmcb};
+use crate::vmcb::{EnlightenedVmcbFields, Vmcb};
 use crate::vmexit::Exit;
 
 /// What the embedder does after an exit of L2.
@@ -61,7 +61,7 @@ impl NestedSvm {
     pub fn l2_exit<G, M, C>(
         &mut self,
         m: &mut Machine<'_, G, M, C>,
-        direct: impl FnOnce(&Enlightenments, &Vmcb, &G) -> bool,
+        direct: impl FnOnce(&EnlightenedVmcbFields, &Vmcb, &G) -> bool,
     ) -> L2Exit
     where
         G: Gprs + ?Sized,
@@ -238,7 +238,7 @@ impl NestedSvm {
     fn l2_vmmcall<G, M, C>(
         &mut self,
         m: &mut Machine<'_, G, M, C>,
-        direct: impl FnOnce(&Enlightenments, &Vmcb, &G) -> bool,
+        direct: impl FnOnce(&EnlightenedVmcbFields, &Vmcb, &G) -> bool,
     ) -> L2Exit
     where
         G: Gprs + ?Sized,
@@ -246,7 +246,7 @@ impl NestedSvm {
         C: Code + ?Sized,
     {
         if self.config.enlightened
-            && self.enlightenments.control & ENLIGHTEN_NESTED_FLUSH != 0
+            && self.enlightenments.enlightenments_control.nested_flush_virtual_hypercall()
             && direct(&self.enlightenments, m.vmcb02, m.gprs)
         {
             return match step(m.code, Level::L2, m.vmcb02, Kind::Vmmcall, self.nrips()) {

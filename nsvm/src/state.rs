@@ -10,7 +10,7 @@ use crate::events::Events;
 use crate::machine::MergedMap;
 use crate::maps::HotWords;
 use crate::vmcb::bits::{np, rflags};
-use crate::vmcb::{Control, Enlightenments, Save, Vmcb};
+use crate::vmcb::{Control, EnlightenedVmcbFields, Save, Vmcb};
 
 /// What tells one nested context from another: entries made under one are no good for the other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -57,7 +57,7 @@ pub struct NestedSvm {
     pub(crate) vmcb12: Option<u64>,
     /// L1's control area as read at VMRUN, unsupported bits cleared.
     pub(crate) control: Control,
-    pub(crate) enlightenments: Enlightenments,
+    pub(crate) enlightenments: EnlightenedVmcbFields,
     /// L1's state save area as L1's memory has it: last read or written.
     pub(crate) memory_save: Save,
     pub(crate) context: Context,
@@ -85,7 +85,7 @@ impl NestedSvm {
             level: Level::L1,
             vmcb12: None,
             control: Control::new_zeroed(),
-            enlightenments: Enlightenments::default(),
+            enlightenments: EnlightenedVmcbFields::default(),
             memory_save: Save::new_zeroed(),
             context: Context::default(),
             injected: 0,
@@ -142,7 +142,7 @@ impl NestedSvm {
     ///
     /// They stay valid while L1 runs: the VP retains its nested context.
     #[inline]
-    pub const fn enlightenments(&self) -> &Enlightenments {
+    pub const fn enlightenments(&self) -> &EnlightenedVmcbFields {
         &self.enlightenments
     }
 
@@ -173,7 +173,7 @@ impl NestedSvm {
             cr0: vmcb01.save.cr0,
             cr4: vmcb01.save.cr4,
             efer: vmcb01.save.efer,
-            enlightened_tlb: self.enlightenments.control & crate::vmcb::ENLIGHTEN_NPT_TLB != 0,
+            enlightened_tlb: self.enlightenments.enlightenments_control.enlightened_npt_tlb(),
         })
     }
 

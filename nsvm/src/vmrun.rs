@@ -12,7 +12,7 @@ use crate::check::{self, Refusal};
 use crate::machine::Machine;
 use crate::state::{Context, NestedSvm};
 use crate::vmcb::bits::{Event, Intercepts, clean, cr4, int_ctl, int_state, misc1, misc2, np, rflags, tlb, virt_ext};
-use crate::vmcb::{ENLIGHTEN_MSR_BITMAP, ENLIGHTENMENTS_OFFSET, Enlightenments, SAVE_OFFSET, Save, Vmcb};
+use crate::vmcb::{ENLIGHTENED_VMCB_OFFSET, EnlightenedVmcbFields, SAVE_OFFSET, Save, Vmcb};
 
 /// What L1's TLB_CONTROL asks of the translations that derive from L1's nested page tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,7 +93,7 @@ impl NestedSvm {
             // VM_ID, VP_ID and the assist address are read at every entry, whatever clean bit 31 says: Linux writes
             // its VP_ID after the first run and leaves the bit set.
             let hv = self.enlightenments.as_mut_bytes().get_mut(..24).unwrap_or_default();
-            memory.read(L1Gpa::new(gpa.wrapping_add(ENLIGHTENMENTS_OFFSET)), hv)?;
+            memory.read(L1Gpa::new(gpa.wrapping_add(ENLIGHTENED_VMCB_OFFSET)), hv)?;
         }
         let save = &mut self.memory_save;
         if unchanged & clean::SEG == 0 {
@@ -142,7 +142,7 @@ impl NestedSvm {
     /// Retires the L2 tag if it stands for another context or L1 asks for a flush.
     fn switch_context(&mut self) -> Invalidate {
         let control = &self.control;
-        let hv = if self.config.enlightened { self.enlightenments } else { Enlightenments::default() };
+        let hv = if self.config.enlightened { self.enlightenments } else { EnlightenedVmcbFields::default() };
         let context = Context {
             asid: control.asid,
             n_cr3: (control.np_control & np::ENABLE != 0).then_some(control.n_cr3),
@@ -253,7 +253,7 @@ impl NestedSvm {
         if control.intercepts.misc1 & misc1::MSR_PROT != 0 {
             to.msrpm_base = m.msrpm02.base.raw();
             // The enlightened bitmap's clean bit covers the contents; the VMCB's own covers only the address.
-            let kept = self.enlightenments.control & ENLIGHTEN_MSR_BITMAP != 0
+            let kept = self.enlightenments.enlightenments_control.msr_bitmap()
                 && self.config.enlightened
                 && unchanged & clean::ENLIGHTENMENTS != 0;
             if !kept {

@@ -7,6 +7,7 @@ pub mod bits;
 
 use bits::Intercepts;
 use static_assertions::const_assert_eq;
+pub use tlfs_abi::evmcb::{ENLIGHTENED_VMCB_OFFSET, EnlightenedVmcbFields};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// A 16-byte segment descriptor of the state save area (APM table B-2).
@@ -23,8 +24,6 @@ pub struct Segment {
     pub base: u64,
 }
 
-/// Offset of the Hyper-V fields in the VMCB.
-pub const ENLIGHTENMENTS_OFFSET: u64 = 0x3E0;
 /// Offset of the state save area in the VMCB.
 pub const SAVE_OFFSET: u64 = 0x400;
 
@@ -87,29 +86,6 @@ pub struct Control {
     /// 0x0D1: the instruction bytes (decode assists).
     pub insn_bytes: [u8; 15],
 }
-
-/// The Hyper-V fields, offsets 0x3E0 to 0x3FF of the control area.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub struct Enlightenments {
-    /// 0x3E0: bit 0 NestedFlushVirtualHypercall, bit 1 MsrBitmap, bit 2 EnlightenedNptTlb.
-    pub control: u32,
-    /// 0x3E4: VP index of the L2 virtual processor within its VM.
-    pub vp_id: u32,
-    /// 0x3E8: identity of the L2 VM.
-    pub vm_id: u64,
-    /// 0x3F0: L1 GPA of the partition assist page.
-    pub partition_assist: u64,
-    /// 0x3F8: reserved.
-    pub reserved: u64,
-}
-
-/// EnlightenmentsControl bit 0: flush hypercalls of L2 are L0's.
-pub const ENLIGHTEN_NESTED_FLUSH: u32 = 1;
-/// EnlightenmentsControl bit 1: changes of the MSR permission map are told by clean bit 31.
-pub const ENLIGHTEN_MSR_BITMAP: u32 = 1 << 1;
-/// EnlightenmentsControl bit 2: ASID flushes keep what derives from the nested page table.
-pub const ENLIGHTEN_NPT_TLB: u32 = 1 << 2;
 
 /// The head of the state save area, offsets 0x400 to 0x697 of the VMCB (APM table B-2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -214,7 +190,7 @@ pub struct Vmcb {
     /// 0x0E0: AVIC, SEV-ES and reserved fields, which nested guests do not use.
     pub control_tail: [u64; 96],
     /// 0x3E0: the Hyper-V fields.
-    pub enlightenments: Enlightenments,
+    pub enlightenments: EnlightenedVmcbFields,
     /// 0x400: the head of the state save area.
     pub save: Save,
     /// 0x698: the rest of the state save area.
@@ -234,9 +210,6 @@ assert_offsets!(Control, 0, {
     event_inj: 0x0A8, n_cr3: 0x0B0, virt_ext: 0x0B8, clean: 0x0C0, next_rip: 0x0C8, insn_len: 0x0D0,
     insn_bytes: 0x0D1,
 });
-assert_offsets!(Enlightenments, 0x3E0, {
-    control: 0x3E0, vp_id: 0x3E4, vm_id: 0x3E8, partition_assist: 0x3F0, reserved: 0x3F8,
-});
 assert_offsets!(Save, 0x400, {
     es: 0x400, cs: 0x410, ss: 0x420, ds: 0x430, fs: 0x440, gs: 0x450, gdtr: 0x460, ldtr: 0x470, idtr: 0x480,
     tr: 0x490, cpl: 0x4CB, efer: 0x4D0, cr4: 0x548, cr3: 0x550, cr0: 0x558, dr7: 0x560, dr6: 0x568, rflags: 0x570,
@@ -247,7 +220,6 @@ assert_offsets!(Save, 0x400, {
 });
 assert_offsets!(Vmcb, 0, { control: 0x000, enlightenments: 0x3E0, save: 0x400, save_tail: 0x698 });
 const_assert_eq!(size_of::<Control>(), 0x0E0);
-const_assert_eq!(size_of::<Enlightenments>(), 0x020);
 const_assert_eq!(size_of::<Save>(), 0x298);
 const_assert_eq!(size_of::<Segment>(), 16);
 const_assert_eq!(size_of::<Vmcb>(), 0x1000);

@@ -319,3 +319,19 @@ fn an_exit_takes_the_librarys_step_out_of_l2() {
     rig.l2_to_l1(exit_code::HLT);
     assert_eq!(rig.vmcb12.save.rflags & rflags::TF, 0);
 }
+
+#[test]
+fn the_level_can_be_known_before_the_entry_is_prepared() {
+    let mut rig = entered(misc1::NMI, |_| ());
+    assert_eq!(rig.call(|n, m| n.route_events(m)), Level::L2);
+    rig.nested.pend_nmi();
+    assert_eq!(rig.call(|n, m| n.route_events(m)), Level::L1);
+    assert_eq!(rig.prepare().level, Level::L1);
+    rig.get();
+    assert_eq!(rig.vmcb12.control.exit_code, exit_code::NMI);
+    let mut rig = entered(misc1::NMI, |_| ());
+    rig.nested.pend_nmi();
+    rig.memory.read_only.set(true);
+    rig.call(|n, m| n.route_events(m));
+    assert_eq!(rig.call(|n, m| n.prepare_entry(m)), Entry::Shutdown);
+}

@@ -1,4 +1,7 @@
-use nsvm::vmcb::ENLIGHTEN_MSR_BITMAP;
+use tlfs_abi::evmcb::VmcbEnlightenmentsControl;
+
+/// EnlightenmentsControl.MsrBitmap.
+const ENLIGHTEN_MSR_BITMAP: u32 = 1 << 1;
 use nsvm::vmcb::bits::{clean, misc1};
 use nsvm::{L2Exit, exit_code};
 
@@ -70,7 +73,7 @@ fn a_change_of_l1s_map_counts_at_the_next_vmrun() {
         assert_eq!(rig.msrpm02[0], 0);
         rig.l2_to_l1(exit_code::HLT);
         rig.write(MSRPM12, &[0xFF; 8]);
-        rig.vmcb12.enlightenments.control = enlightened;
+        rig.vmcb12.enlightenments.enlightenments_control = VmcbEnlightenmentsControl::new(enlightened);
         rig.vmcb12.control.clean = bits;
         rig.enter();
         assert_eq!(rig.msrpm02[0], expected, "{enlightened} {bits:#x}");

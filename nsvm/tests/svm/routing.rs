@@ -1,6 +1,7 @@
 use hvcore::addr::{L1Gpa, L2Gpa, Level};
 use nsvm::vmcb::bits::{int_ctl, misc1, misc2};
 use nsvm::{Exit, Fault, L2Exit, exit_code};
+use tlfs_abi::evmcb::VmcbEnlightenmentsControl;
 
 use crate::rig::{L2_RIP, Rig, VMCB12};
 
@@ -118,7 +119,7 @@ fn a_hypercall_is_l0s_only_if_enlightened_and_authorised() {
     let call = |control: u32, yes: bool, insn: &[u8]| {
         let mut rig = entered(|r| {
             r.vmcb12.control.intercepts.misc2 |= misc2::VMMCALL;
-            r.vmcb12.enlightenments.control = control;
+            r.vmcb12.enlightenments.enlightenments_control = VmcbEnlightenmentsControl::new(control);
             r.vmcb12.enlightenments.vm_id = 7;
         });
         rig.write(L2_RIP, insn);
@@ -154,7 +155,7 @@ fn a_hypercall_that_nobody_takes_is_undefined() {
 
 #[test]
 fn the_synthetic_exit_is_told_past_the_call() {
-    let mut rig = entered(|r| r.vmcb12.enlightenments.control = 1);
+    let mut rig = entered(|r| r.vmcb12.enlightenments.enlightenments_control = VmcbEnlightenmentsControl::new(1));
     rig.vmcb02.complete_instruction(L2_RIP + 3);
     rig.vmcb02.save.rax = 0;
     assert_eq!(rig.call(|n, m| n.synthetic_exit(m)), L2Exit::ToL1);

@@ -240,10 +240,10 @@ fn hyper_v_identities_are_read_at_every_entry() {
     rig.vmcb12.control.clean = u32::MAX;
     rig.vmcb12.enlightenments.vp_id = 3;
     rig.vmcb12.enlightenments.vm_id = 4;
-    rig.vmcb12.enlightenments.partition_assist = 0x5000;
+    rig.vmcb12.enlightenments.partition_assist_page = 0x5000;
     rig.enter();
     let hv = rig.nested.enlightenments();
-    assert_eq!((hv.vp_id, hv.vm_id, hv.partition_assist), (3, 4, 0x5000));
+    assert_eq!((hv.vp_id, hv.vm_id, hv.partition_assist_page), (3, 4, 0x5000));
 }
 
 #[test]
