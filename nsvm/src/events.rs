@@ -54,6 +54,8 @@ pub(crate) struct Events {
     step: Option<Step>,
     /// VMCB01's IRET intercept is the library's.
     iret01: bool,
+    /// L1's VMCB was gone when an event made L2 exit.
+    shutdown: bool,
     /// The V_IRQ of the VMCB in use is a window of the library's own.
     window: bool,
 }
