@@ -15,6 +15,8 @@ pub const BASE_BSP: u64 = 1 << 8;
 pub mod reg {
     /// APIC id, bits 31:24.
     pub const ID: u64 = 0x20;
+    /// Task priority, bits 7:0.
+    pub const TPR: u64 = 0x80;
     /// End of interrupt.
     pub const EOI: u64 = 0xb0;
     /// Logical destination, bits 31:24.

@@ -9,6 +9,7 @@
 pub mod apic;
 pub mod cpu;
 pub mod decode;
+pub mod fpu;
 pub mod msr;
 pub mod port;
 pub mod svm;

@@ -12,6 +12,7 @@ use crate::fatal::{self, give_up};
 use nsvm::caps::{Config, Features, Host};
 use nsvm::vmcb::bits::efer;
 
+use crate::hyperv::{HyperV, OVERLAYS};
 use crate::ipi::{Ipis, MAX_CPUS};
 use crate::l1map::IdentityMap;
 use crate::linux;
@@ -116,8 +117,8 @@ fn shared(boot: &BootInfo, hole: Range, svm: cpu::CpuidResult) -> Shared {
     };
     Shared {
         // SAFETY: the firmware says that this is RAM, it is mapped, and L0's own memory is the hole.
-        memory: unsafe { L1Memory::new(low_end, high_end, hole) },
-        l1map: IdentityMap { hole, ones: npt.ones(), address_bits },
+        memory: unsafe { L1Memory::new(low_end, high_end, hole, &OVERLAYS) },
+        l1map: IdentityMap { hole, ones: npt.ones(), address_bits, overlays: &OVERLAYS },
         address_bits,
         gib_pages: cpu::cpuid(0x8000_0001, 0).edx & 1 << 26 != 0,
         config: config(svm, address_bits, enlighten),
@@ -129,6 +130,7 @@ fn shared(boot: &BootInfo, hole: Range, svm: cpu::CpuidResult) -> Shared {
         // SAFETY: L0's tables map the page uncached.
         apic: unsafe { LocalApic::new(memory::phys_to_virt(hw::apic::DEFAULT_BASE)) },
         svm,
+        hyperv: HyperV::new(address_bits),
         enlighten,
         test_hooks: boot.command_line.split_ascii_whitespace().any(|w| w == "test-hooks"),
     }

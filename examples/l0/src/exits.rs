@@ -10,6 +10,7 @@ use nsvm::{Fault, L1Exit, exit_code as code};
 use crate::cpuid;
 use crate::debug;
 use crate::fatal::Failure;
+use crate::hyperv;
 use crate::mmio;
 use crate::nested::{self, Fetch};
 use crate::npt01::Kind as Page;
@@ -55,7 +56,7 @@ pub fn shared(vp: &mut Vp) -> Result<(), Failure> {
         // INIT lines of other processors never get through; one from outside reaches L1 all the same.
         code::INIT => vp.nested.pend_init(),
         code::SHUTDOWN => return reset_machine(vp),
-        code::VMMCALL => raise(vp, Fault::UD),
+        code::VMMCALL => hyperv::l1_call(vp),
         _ if code::is_invalid(exit) => return Err(Failure::Vmcb01Refused),
         _ => return Err(Failure::UnexpectedExit),
     }
@@ -75,7 +76,7 @@ pub fn raise(vp: &mut Vp, fault: Fault) {
 
 /// Moves the guest past the instruction `kind` that exited; `false` when it is another one by now.
 #[inline]
-fn step_over(vp: &mut Vp, kind: Kind) -> bool {
+pub fn step_over(vp: &mut Vp, kind: Kind) -> bool {
     let fetch = match vp.nested.level() {
         Level::L1 => Fetch { memory: &vp.shared.memory, walk: None },
         Level::L2 => nested::l2_fetch(vp),
@@ -88,9 +89,9 @@ fn cpuid_exit(vp: &mut Vp) {
         return;
     }
     let subleaf = vp.gprs.rcx as u32;
-    let (config, hypervisor) = (&vp.shared.config, vp.shared.enlighten);
+    let shared = vp.shared;
     let v = vp.vmcb();
-    let r = cpuid::answer(v.save.rax as u32, subleaf, v.save.cr4, config, hypervisor);
+    let r = cpuid::answer(v.save.rax as u32, subleaf, v.save.cr4, shared);
     v.save.rax = u64::from(r.eax);
     vp.gprs.rbx = u64::from(r.ebx);
     vp.gprs.rcx = u64::from(r.ecx);
@@ -126,6 +127,7 @@ fn read_msr(vp: &mut Vp, number: u32) -> Option<u64> {
     match number {
         msr::PAT => Some(vp.vmcb().save.g_pat),
         msr::APIC_BASE => Some(vp.apic_base),
+        0x4000_0000..=0x4fff_ffff => hyperv::read_msr(vp, number),
         _ => None,
     }
 }
@@ -149,6 +151,7 @@ fn write_msr(vp: &mut Vp, number: u32, value: u64) -> bool {
             });
             true
         }
+        0x4000_0000..=0x4fff_ffff => hyperv::write_msr(vp, number, value),
         _ => false,
     }
 }

@@ -16,6 +16,8 @@ const GAVE_UP: u32 = 62;
 pub enum Failure {
     /// The firmware disabled SVM (VM_CR.SVMDIS).
     SvmDisabled,
+    /// More processors than L0 has room for.
+    TooManyCpus,
     /// VMRUN refused VMCB01: L0 built an illegal state.
     Vmcb01Refused,
     /// The processor has too few ASIDs.

@@ -5,7 +5,7 @@ use hvcore::addr::{Hpa, L1Gpa};
 use hvcore::shadow::{L1Map, Mapping, PageSize};
 use hw::apic;
 
-use crate::memory::Range;
+use crate::memory::{Overlays, Range};
 
 const MIB2: u64 = 2 << 20;
 
@@ -18,6 +18,8 @@ pub struct IdentityMap {
     pub ones: u64,
     /// The processor's MAXPHYADDR.
     pub address_bits: u32,
+    /// Pages that lie over L1's memory.
+    pub overlays: &'static Overlays,
 }
 
 impl L1Map for IdentityMap {
@@ -34,12 +36,19 @@ impl L1Map for IdentityMap {
             executable: true,
             memory_type: 0,
         };
+        if let Some(page) = self.overlays.at(raw) {
+            return Some(Mapping { hpa: Hpa::new(page), size: PageSize::Size4K, writable: false, ..whole });
+        }
         if self.hole.contains(raw) {
             return Some(Mapping { hpa: Hpa::new(self.ones), size: PageSize::Size4K, writable: false, ..whole });
         }
         if raw & !(MIB2 - 1) == apic::DEFAULT_BASE & !(MIB2 - 1) {
             let writable = raw & !0xfff != apic::DEFAULT_BASE;
             return Some(Mapping { hpa: Hpa::new(raw & !0xfff), size: PageSize::Size4K, writable, ..whole });
+        }
+        if self.overlays.near(raw) {
+            // A large page would show what lies under the overlay.
+            return Some(Mapping { hpa: Hpa::new(raw & !0xfff), size: PageSize::Size4K, ..whole });
         }
         Some(whole)
     }

@@ -13,6 +13,7 @@ pub mod debug;
 pub mod exits;
 pub mod fatal;
 pub mod fetch;
+pub mod hyperv;
 pub mod ipi;
 pub mod l1map;
 pub mod linux;

@@ -8,6 +8,7 @@ use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use hvcore::addr::L1Gpa;
 use hvcore::memory::{GuestMemory, MemoryError};
+use hvcore::partition::Overlay;
 
 /// Virtual address of physical address 0 in L0's page tables.
 pub const DIRECT_MAP: u64 = 0;
@@ -42,26 +43,107 @@ impl Range {
     }
 }
 
+/// Where pages of L0's lie over L1's memory.
+#[derive(Debug)]
+pub struct Overlays {
+    /// Page number in L1's memory of each overlay, or [`NOWHERE`].
+    pages: [AtomicU64; OVERLAYS],
+    /// Physical address of the page that is seen there.
+    behind: [AtomicU64; OVERLAYS],
+}
+
+const OVERLAYS: usize = Overlay::ALL.len();
+/// No page has this number.
+const NOWHERE: u64 = u64::MAX;
+
+impl Overlays {
+    /// No overlay.
+    pub const fn new() -> Self {
+        Self { pages: [const { AtomicU64::new(NOWHERE) }; OVERLAYS], behind: [const { AtomicU64::new(0) }; OVERLAYS] }
+    }
+
+    /// Moves `which` to `gpa`, where `behind` is seen from now on; where it was before. Under the mapping lock.
+    pub fn place(&self, which: Overlay, gpa: Option<u64>, behind: u64) -> Option<u64> {
+        let at = Overlay::ALL.iter().position(|w| *w == which).unwrap_or(0);
+        self.behind[at].store(behind, Ordering::Relaxed);
+        // Release: who finds the overlay finds the page behind it.
+        let old = self.pages[at].swap(gpa.map_or(NOWHERE, |gpa| gpa >> 12), Ordering::AcqRel);
+        (old != NOWHERE).then_some(old << 12)
+    }
+
+    /// Physical address of the page that overlays the page of `gpa`.
+    #[inline]
+    pub fn at(&self, gpa: u64) -> Option<u64> {
+        let found = self.pages.iter().position(|p| p.load(Ordering::Acquire) == gpa >> 12)?;
+        Some(self.behind[found].load(Ordering::Relaxed))
+    }
+
+    /// True when an overlay lies in the same 2 MiB as `gpa`.
+    #[inline]
+    pub fn near(&self, gpa: u64) -> bool {
+        self.pages.iter().any(|p| p.load(Ordering::Acquire) >> 9 == gpa >> 21)
+    }
+
+    /// True when an overlay lies in the bytes from `start` to `end`, which is not below it.
+    #[inline]
+    fn touch(&self, start: u64, end: u64) -> bool {
+        let (first, last) = (start >> 12, end.wrapping_sub(1) >> 12);
+        self.pages.iter().any(|p| p.load(Ordering::Acquire).wrapping_sub(first) <= last.wrapping_sub(first))
+    }
+}
+
+impl Default for Overlays {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 /// The RAM of L1: below 4 GiB up to `low_end`, above it up to `high_end`, without `hole`.
 #[derive(Clone, Copy, Debug)]
 pub struct L1Memory {
     low_end: u64,
     high_end: u64,
     hole: Range,
+    overlays: &'static Overlays,
 }
 
 impl L1Memory {
-    /// RAM from 0 to `low_end` and from 4 GiB to `high_end` (at least 4 GiB), except `hole`.
+    /// RAM from 0 to `low_end` and from 4 GiB to `high_end` (at least 4 GiB), except `hole`, under `overlays`.
     ///
     /// # Safety
     /// That RAM is there, mapped at [`DIRECT_MAP`], and outside the hole nothing of L0's own lives in it.
-    pub const unsafe fn new(low_end: u64, high_end: u64, hole: Range) -> Self {
-        Self { low_end, high_end, hole }
+    pub const unsafe fn new(low_end: u64, high_end: u64, hole: Range, overlays: &'static Overlays) -> Self {
+        Self { low_end, high_end, hole, overlays }
     }
 
-    /// The pointer to `len` bytes at `gpa`, all of them L1's RAM.
+    /// The pointer to `len` bytes at `gpa`, all of them L1's RAM and none under an overlay.
     #[inline]
     fn at(&self, gpa: L1Gpa, len: usize) -> Result<*mut u8, MemoryError> {
+        let start = gpa.raw();
+        if self.overlays.touch(start, start.wrapping_add(len.max(1) as u64)) {
+            return Err(MemoryError);
+        }
+        self.beneath(gpa, len)
+    }
+
+    /// Page by page, where an overlay is among them.
+    #[cold]
+    fn read_overlaid(&self, gpa: L1Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        for (i, byte) in buf.iter_mut().enumerate() {
+            let gpa = gpa.checked_add(i as u64).ok_or(MemoryError)?;
+            let p = match self.overlays.at(gpa.raw()) {
+                Some(page) => phys_to_virt(page + gpa.page_offset()),
+                None => self.beneath(gpa, 1)?,
+            };
+            // SAFETY: a byte of L1's RAM, or of a page of L0's that is only read.
+            *byte = unsafe { AtomicU8::from_ptr(p) }.load(Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// The pointer to `len` bytes at `gpa`, all of them L1's RAM, whatever lies over it.
+    #[inline]
+    fn beneath(&self, gpa: L1Gpa, len: usize) -> Result<*mut u8, MemoryError> {
         let start = gpa.raw();
         let end = start.checked_add(len as u64).ok_or(MemoryError)?;
         let ram = end <= self.low_end || (start >= FOUR_GIB && end <= self.high_end);
@@ -116,7 +198,7 @@ impl GuestMemory for L1Memory {
             *four = self.read_u32(gpa)?.to_le_bytes();
             return Ok(());
         }
-        let mut p = self.at(gpa, buf.len())?;
+        let Ok(mut p) = self.at(gpa, buf.len()) else { return self.read_overlaid(gpa, buf) };
         // SAFETY (all reads below): `at` checked that the whole range is RAM which L0 maps and does not own. Guests
         // write it meanwhile, so every access is an atomic one: bytes up to alignment, then whole words.
         let (first, rest) = buf.split_at_mut(head(p, buf.len()));
@@ -207,20 +289,22 @@ impl GuestMemory for L1Memory {
 
     #[inline]
     fn read_u32(&self, gpa: L1Gpa) -> Result<u32, MemoryError> {
-        if gpa.is_aligned(4) {
-            let p = self.at(gpa, 4)?;
+        if gpa.is_aligned(4)
+            && let Ok(p) = self.at(gpa, 4)
+        {
             // SAFETY: `at` checked the range, the line above the alignment.
             return Ok(unsafe { AtomicU32::from_ptr(p.cast()) }.load(Ordering::Acquire));
         }
         let mut b = [0; 4];
-        self.read(gpa, &mut b)?;
+        self.read_overlaid(gpa, &mut b)?;
         Ok(u32::from_le_bytes(b))
     }
 
     #[inline]
     fn read_u64(&self, gpa: L1Gpa) -> Result<u64, MemoryError> {
-        if gpa.is_aligned(8) {
-            let p = self.at(gpa, 8)?;
+        if gpa.is_aligned(8)
+            && let Ok(p) = self.at(gpa, 8)
+        {
             // SAFETY: `at` checked the range, the line above the alignment.
             return Ok(unsafe { AtomicU64::from_ptr(p.cast()) }.load(Ordering::Acquire));
         }

@@ -12,6 +12,10 @@ use crate::vp::Vp;
 
 /// L1 wrote to `gpa`, a page of `kind`.
 pub fn write(vp: &mut Vp, gpa: u64, kind: Kind) -> Result<(), Failure> {
+    if kind == Kind::Overlay {
+        crate::exits::raise(vp, nsvm::Fault::GP);
+        return Ok(());
+    }
     let (bytes, n) = vp.instruction();
     let Some(store) = decode::store(bytes.get(..n).unwrap_or(&[]), mode(vp)) else {
         // An instruction that no kernel uses on device registers: L1 learns that it is not supported there.
@@ -128,7 +132,8 @@ fn set_operand(vp: &mut Vp, source: Source, size: u8, value: u64) {
     }
 }
 
-fn apic_write(vp: &mut Vp, register: u64, value: u32) {
+/// L1 writes its APIC register `register`.
+pub fn apic_write(vp: &mut Vp, register: u64, value: u32) {
     let apic = vp.shared.apic;
     match register {
         // The id names the processor for L0's kicks too: it stays.

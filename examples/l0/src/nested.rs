@@ -11,6 +11,7 @@ use nsvm::{Code, Exit, Invalidate, L2Exit, exit_code as code};
 use crate::exits;
 use crate::fatal::Failure;
 use crate::fetch::{self, Paging};
+use crate::hyperv;
 use crate::memory::L1Memory;
 use crate::mmio;
 use crate::npt01::Kind;
@@ -103,6 +104,7 @@ pub fn enter_l2(vp: &mut Vp, invalidate: Invalidate) {
             vp.shadow.flush_all_asids();
         }
     }
+    hyperv::set_context(vp);
     match context(vp) {
         Some(context) => vp.pages.vmcb02.control.n_cr3 = vp.shadow.activate(context).raw(),
         None => vp.shadow.deactivate(),
@@ -129,7 +131,10 @@ pub fn l2_fetch(vp: &Vp) -> Fetch<'static> {
 /// Carries out the exit that VMCB02 tells.
 pub fn l2(vp: &mut Vp) -> Result<(), Failure> {
     let fetch = l2_fetch(vp);
-    let outcome = vp.nested.l2_exit(&mut machine!(vp, fetch), |_, _, _| false);
+    let (shared, msrs) = (vp.shared, &vp.hyperv.msrs);
+    let outcome = vp.nested.l2_exit(&mut machine!(vp, fetch), |enlightenments, vmcb, gprs| {
+        hyperv::takes(&shared.hyperv, msrs, &shared.memory, enlightenments, vmcb, gprs)
+    });
     settle(vp, outcome)
 }
 
@@ -144,7 +149,7 @@ fn settle(vp: &mut Vp, outcome: L2Exit) -> Result<(), Failure> {
             Ok(())
         }
         L2Exit::Embedder => exits::shared(vp),
-        L2Exit::DirectFlush { .. } => Err(Failure::UnexpectedExit),
+        L2Exit::DirectFlush { next_rip } => hyperv::direct_flush(vp, next_rip),
         L2Exit::Shutdown => exits::reset_machine(vp),
     }
 }

@@ -22,12 +22,17 @@ const TABLE: u64 = PRESENT | WRITE | USER | ACCESSED;
 const LEAF: u64 = TABLE | DIRTY;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
+/// The page of ones, by its place in the pool.
+const ONES: usize = 2;
+/// The page table of the hole, by its place in the pool.
+const HOLE_TABLE: usize = 3;
+
 const MIB2: u64 = 2 << 20;
 const GIB: u64 = 1 << 30;
 
 /// Pages that the tables need at most: PML4, PDPT, four page directories, the APIC's and the hole's page tables, the
-/// ones, and page directories for memory and devices above 4 GiB.
-pub const POOL_PAGES: usize = 9 + 128;
+/// ones, page tables for overlays, and page directories for memory and devices above 4 GiB.
+pub const POOL_PAGES: usize = 9 + 8 + 128;
 
 /// One page table page.
 #[derive(Debug)]
@@ -60,6 +65,8 @@ pub enum Kind {
     Apic,
     /// L0's own memory: reads as ones, writes vanish.
     Hole,
+    /// A page of the Hyper-V interface that lies over L1's memory: writes are #GP.
+    Overlay,
 }
 
 /// The tables.
@@ -69,6 +76,7 @@ pub struct Npt01<'a> {
     /// Physical address of `pages[0]`.
     base: u64,
     used: usize,
+    hole: Range,
     address_bits: u32,
 }
 
@@ -76,7 +84,7 @@ impl<'a> Npt01<'a> {
     /// Tables in `pages`, which start at physical address `base` (a multiple of 4096), are zero, and live on;
     /// `hole` is a multiple of 2 MiB at both ends and below 4 GiB; `address_bits` is the processor's MAXPHYADDR.
     pub fn new(pages: &'a [TablePage], base: u64, hole: Range, address_bits: u32) -> Result<Self, OutOfPages> {
-        let mut npt = Self { pages, base, used: 0, address_bits: address_bits.min(48) };
+        let mut npt = Self { pages, base, used: 0, hole, address_bits: address_bits.min(48) };
         let pml4 = npt.page()?;
         let pdpt = npt.page()?;
         npt.set(pml4, 0, npt.pa(pdpt) | TABLE);
@@ -145,9 +153,58 @@ impl<'a> Npt01<'a> {
         Ok(true)
     }
 
+    /// Shows the page at physical address `page` at `gpa`, read-only; `None` shows what is there without it. The caller
+    /// has every processor flush what it cached of it.
+    pub fn set_overlay(&mut self, gpa: u64, page: Option<u64>) -> Result<(), OutOfPages> {
+        if gpa >= FOUR_GIB {
+            self.map_gib(gpa)?;
+        }
+        let (pml4_index, pdpt_index) = ((gpa >> 39) as usize & 511, (gpa >> 30) as usize & 511);
+        let (pd_index, pt_index) = ((gpa >> 21) as usize & 511, (gpa >> 12) as usize & 511);
+        let Some(pdpt) = self.next(0, pml4_index) else { return Ok(()) };
+        let Some(pd) = self.next(pdpt, pdpt_index) else { return Ok(()) };
+        let entry = self.get(pd, pd_index);
+        let shared = entry & LARGE != 0 || entry & ADDRESS == self.pa(HOLE_TABLE);
+        let pt = if shared {
+            if page.is_none() {
+                return Ok(());
+            }
+            let pt = self.page()?;
+            for i in 0..512 {
+                let base = gpa & !(MIB2 - 1);
+                self.set(pt, i, self.plain(base + i as u64 * 4096));
+            }
+            // Last, so that a walk on another processor sees the large page or the whole table.
+            self.set(pd, pd_index, self.pa(pt) | TABLE);
+            pt
+        } else {
+            ((entry & ADDRESS) - self.base) as usize >> 12
+        };
+        let entry = page.map_or(self.plain(gpa & !0xfff), |page| page | (LEAF & !WRITE));
+        self.set(pt, pt_index, entry);
+        Ok(())
+    }
+
+    /// The 4 KiB entry for `gpa` without overlays.
+    fn plain(&self, gpa: u64) -> u64 {
+        if self.hole.contains(gpa) {
+            self.ones() | (LEAF & !WRITE)
+        } else if gpa == apic::DEFAULT_BASE {
+            gpa | (LEAF & !WRITE)
+        } else {
+            gpa | LEAF
+        }
+    }
+
+    /// The table behind a present entry.
+    fn next(&self, page: usize, index: usize) -> Option<usize> {
+        let entry = self.get(page, index);
+        (entry & PRESENT != 0).then(|| ((entry & ADDRESS) - self.base) as usize >> 12)
+    }
+
     /// Physical address of the page of ones.
     pub fn ones(&self) -> u64 {
-        self.pa(2)
+        self.pa(ONES)
     }
 
     fn page(&mut self) -> Result<usize, OutOfPages> {

@@ -4,6 +4,7 @@ use hw::apic::LocalApic;
 use hw::cpu::CpuidResult;
 use spin::Mutex;
 
+use crate::hyperv::HyperV;
 use crate::ipi::Ipis;
 use crate::l1map::IdentityMap;
 use crate::memory::L1Memory;
@@ -37,7 +38,9 @@ pub struct Shared {
     pub config: Config,
     /// CPUID leaf 0x8000_000A of the hardware.
     pub svm: CpuidResult,
-    /// The Hyper-V interface is offered.
+    /// The Hyper-V interface.
+    pub hyperv: HyperV,
+    /// It is offered to L1.
     pub enlighten: bool,
     /// Hooks for tests are offered.
     pub test_hooks: bool,
@@ -46,7 +49,9 @@ pub struct Shared {
 impl Shared {
     /// What the page of `gpa`, an L1 GPA, is.
     pub fn kind(&self, gpa: u64) -> Kind {
-        if self.l1map.hole.contains(gpa) {
+        if self.l1map.overlays.at(gpa).is_some() {
+            Kind::Overlay
+        } else if self.l1map.hole.contains(gpa) {
             Kind::Hole
         } else if gpa & !0xfff == hw::apic::DEFAULT_BASE {
             Kind::Apic

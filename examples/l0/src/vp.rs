@@ -16,8 +16,10 @@ use nsvm::{Entry, EntryPlan, MergedMap, NestedSvm, exit_code};
 
 use crate::exits;
 use crate::fatal::Failure;
+use crate::hyperv::{self, VpHyperV};
 use crate::nested::{self, Fetch, Gprs};
 use crate::shared::Shared;
+use hvcore::flush::LocalFlush;
 use nsvm::vmcb::bits::{DR7_RESET, Intercepts, efer, int_ctl, misc1, misc2};
 use nsvm::vmcb::{Segment, Vmcb};
 
@@ -114,6 +116,10 @@ pub struct Vp {
     pub asids: AsidPool,
     /// The shadow of L1's nested tables.
     pub shadow: NptShadow<'static>,
+    /// What others may ask it to flush.
+    pub flush: LocalFlush<'static>,
+    /// Its part of the Hyper-V interface.
+    pub hyperv: VpHyperV,
     /// An INIT for L1 is on its way through the library.
     init_held: bool,
     /// The vector of a SIPI that came behind it.
@@ -149,6 +155,8 @@ impl Vp {
         let by_asid = shared.svm.edx & 1 << 6 != 0;
         let asids = AsidPool::new(id as u32, shared.svm.ebx, by_asid).ok_or(Failure::TooFewAsids)?;
         let shadow = shadow_tables()?;
+        let hyperv = shared.hyperv.vp(id).ok_or(Failure::TooManyCpus)?;
+        let flush = shared.hyperv.domain.local(id as u16).ok_or(Failure::TooManyCpus)?;
         let mut vp = Self {
             id,
             shared,
@@ -160,6 +168,8 @@ impl Vp {
             nested,
             asids,
             shadow,
+            flush,
+            hyperv,
             init_held: false,
             held_sipi: None,
             exits: 0,
@@ -256,13 +266,18 @@ impl Vp {
         if self.waiting || self.shared.ipis.has_events(self.id) {
             self.events();
         }
+        let fetch = Fetch { memory: &self.shared.memory, walk: None };
+        let level = self.nested.route_events(&mut machine!(self, fetch));
+        if let Some(due) = self.flush.enter(level) {
+            hyperv::apply(&mut self.nested, &mut self.shadow, level, &due);
+        }
         if self.shadow.tag_stale() {
             self.nested.retire_tag(Level::L2);
         }
-        let fetch = Fetch { memory: &self.shared.memory, walk: None };
         let plan = match self.nested.prepare_entry(&mut machine!(self, fetch)) {
             Entry::Run(plan) => plan,
             Entry::Init => {
+                self.flush.entry_failed();
                 self.reset();
                 return Ok(());
             }
@@ -270,6 +285,11 @@ impl Vp {
         };
         self.enter(&plan);
         self.exits += 1;
+        if exit_code::is_invalid(self.vmcb().control.exit_code) {
+            self.flush.entry_failed();
+        } else {
+            self.flush.exit();
+        }
         match plan.level {
             Level::L1 => exits::l1(self),
             Level::L2 => {
@@ -343,6 +363,8 @@ impl Vp {
     fn reset(&mut self) {
         self.init();
         self.nested.reset();
+        self.flush.forget_context();
+        self.hyperv.msrs.reset();
         self.reset_apic();
         self.waiting = self.apic_base & apic::BASE_BSP == 0;
         self.init_held = false;

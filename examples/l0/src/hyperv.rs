@@ -1,0 +1,476 @@
+//! The Hyper-V interface: hypercalls of L1 and direct flushes of L2, synthetic MSRs, overlay pages.
+//!
+//! Called by the exit handlers. The library decides; here are the registers, the kicks, the mappings.
+
+use core::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+
+use hvcore::addr::{L1Gpa, L2Gpa, Level};
+use hvcore::direct::{self, DirectFlush};
+use hvcore::flush::{
+    EntryFlush, FlushCalls, FlushDomain, GvaFlush, GvaScope, NestedContext, NestedIds, Posted, SecondStageFlush,
+    SecondStageItem, SecondStageScope, Shootdown, TargetIndex, VpFlush,
+};
+use hvcore::hypercall::calls::{
+    ClusterIpi, FlushGuestPhysical, FlushGuestPhysicalAddressList, FlushGuestPhysicalAddressSpace, FlushTarget,
+    FlushVirtual, FlushVirtualAddressList, FlushVirtualAddressListEx, FlushVirtualAddressSpace,
+    FlushVirtualAddressSpaceEx, GvaRanges, LongSpinWait, NotifyLongSpinWait, SendSyntheticClusterIpi,
+    SendSyntheticClusterIpiEx,
+};
+use hvcore::hypercall::{Answer, CallerMode, Gpr, Outcome, Registers, Scratch, Width, Xmm, handle};
+use hvcore::memory::{CallerMemory, GuestMemory, L1Caller, L2Caller};
+use hvcore::partition::{
+    Action, EmbedderRead, Interface, MsrRead, MsrWrite, NestedCapabilities, Overlay, PartitionConfig, Vendor,
+    VpInterface,
+};
+use hvcore::vp_index::{VpIndexMap, VpSlot};
+use hw::apic::reg;
+use hw::fpu;
+use nsvm::insn::Kind;
+use nsvm::vmcb::Vmcb;
+use nsvm::{Fault, L2Exit};
+use tlfs_abi::evmcb::EnlightenedVmcbFields;
+use tlfs_abi::hypercall::{HypercallInput, HypercallResult};
+use tlfs_abi::status::HvStatus;
+use tlfs_abi::vp_set::VpSet;
+
+use crate::exits;
+use crate::fatal::{Failure, give_up};
+use crate::ipi::MAX_CPUS;
+use crate::memory::Overlays;
+use crate::mmio;
+use crate::nested::{Fetch, Gprs, l2_fetch};
+use crate::shared::Shared;
+use crate::vp::{Vp, machine};
+
+static FLUSH: [VpFlush; MAX_CPUS] = [const { VpFlush::new() }; MAX_CPUS];
+static BUCKETS: [AtomicU64; 2 * MAX_CPUS] = [const { AtomicU64::new(0) }; 2 * MAX_CPUS];
+const GROUP: usize = TargetIndex::group_words(MAX_CPUS);
+static GROUPS: [AtomicU64; 9 * GROUP] = [const { AtomicU64::new(0) }; 9 * GROUP];
+static MAP: [AtomicU16; MAX_CPUS] = [const { AtomicU16::new(0) }; MAX_CPUS];
+static KNOWN: [AtomicU64; 1] = [const { AtomicU64::new(0) }; 1];
+
+/// A page that overlays L1's memory.
+#[derive(Debug)]
+#[repr(C, align(4096))]
+pub struct OverlayPage([AtomicU64; 512]);
+
+static OVERLAY_PAGES: [OverlayPage; 2] = [const { OverlayPage([const { AtomicU64::new(0) }; 512]) }; 2];
+/// Where L1 has its overlay pages.
+pub static OVERLAYS: Overlays = Overlays::new();
+
+/// The partition: what all VPs share.
+#[derive(Debug)]
+pub struct HyperV {
+    /// Leaves, privileges, MSRs.
+    pub interface: Interface,
+    /// VP indexes.
+    pub map: VpIndexMap<'static>,
+    /// Who may hold which translations.
+    pub domain: FlushDomain<'static>,
+}
+
+/// One VP's part of it.
+#[derive(Debug)]
+pub struct VpHyperV {
+    /// Its MSRs.
+    pub msrs: VpInterface,
+    /// Targets of its last flush.
+    shootdown: Shootdown,
+    /// Input of its hypercalls.
+    scratch: Scratch,
+}
+
+impl HyperV {
+    /// The interface of a machine with physical addresses of `address_bits` bits.
+    pub fn new(address_bits: u32) -> Self {
+        let nested =
+            NestedCapabilities { direct_flush: true, msr_bitmap: true, npt_tlb: true, ..NestedCapabilities::NONE };
+        let config = PartitionConfig::new(Vendor::Amd, MAX_CPUS as u32, address_bits as u8)
+            .offer::<Calls<'_>>()
+            .xmm_input()
+            .apic_msrs()
+            .nested(nested);
+        let interface = match config.build() {
+            Ok(interface) => interface,
+            Err(error) => give_up(format_args!("impossible Hyper-V interface: {error:?}")),
+        };
+        let (Ok(map), Ok(index)) = (VpIndexMap::new(&MAP, &KNOWN), TargetIndex::new(MAX_CPUS, &BUCKETS, &GROUPS))
+        else {
+            give_up(format_args!("wrong sizes of the VP tables"));
+        };
+        for (page, which) in OVERLAY_PAGES.iter().zip(Overlay::ALL) {
+            let mut contents = [0; 4096];
+            interface.overlay_contents(which, 0, &mut contents);
+            for (word, bytes) in page.0.iter().zip(contents.as_chunks::<8>().0) {
+                word.store(u64::from_le_bytes(*bytes), Ordering::Relaxed);
+            }
+        }
+        Self { interface, map, domain: FlushDomain::new(&FLUSH, index) }
+    }
+
+    /// The part of VP `id`, which is online from now on.
+    pub fn vp(&self, id: usize) -> Option<VpHyperV> {
+        let msrs = self.interface.vp(id as u32)?;
+        self.map.assign(id as u32, VpSlot::new(id as u32)?).ok()?;
+        Some(VpHyperV { msrs, shootdown: Shootdown::new(), scratch: Scratch::new() })
+    }
+
+    /// Physical address of the page behind an overlay.
+    pub fn overlay_page(which: Overlay) -> u64 {
+        let at = Overlay::ALL.iter().position(|w| *w == which).unwrap_or(0);
+        (&raw const OVERLAY_PAGES[at]) as u64
+    }
+}
+
+/// Serves the hypercalls of one caller.
+pub struct Calls<'c> {
+    flush: FlushCalls<'c, 'static>,
+    shared: &'static Shared,
+}
+
+impl FlushVirtual for Calls<'_> {
+    fn flush_space(&mut self, target: &FlushTarget<'_>) -> Answer {
+        self.flush.flush_space(target)
+    }
+
+    fn flush_list(&mut self, target: &FlushTarget<'_>, ranges: &GvaRanges<'_>) -> Answer {
+        self.flush.flush_list(target, ranges)
+    }
+}
+
+impl FlushGuestPhysical for Calls<'_> {
+    fn flush_guest_physical_space(&mut self, address_space: u64) -> Answer {
+        self.flush.flush_guest_physical_space(address_space)
+    }
+
+    fn flush_guest_physical_list(&mut self, address_space: u64, ranges: &[u64]) -> Answer {
+        self.flush.flush_guest_physical_list(address_space, ranges)
+    }
+}
+
+impl ClusterIpi for Calls<'_> {
+    fn send_ipi(&mut self, _level: Level, vector: u8, vps: &VpSet<'_>) -> Answer {
+        let apic = self.shared.apic;
+        for slot in self.shared.hyperv.map.slots(vps) {
+            let Some(apic_id) = self.shared.ipis.apic_id(slot.number()) else { continue };
+            // SAFETY: a fixed interrupt for L1, as L1 could send it itself.
+            unsafe { apic.send_preserving_icr(apic_id, hw::apic::ICR_ASSERT | u32::from(vector)) };
+        }
+        Answer::Done
+    }
+}
+
+impl LongSpinWait for Calls<'_> {
+    fn notify_long_spin_wait(&mut self, _spins: u32) -> Answer {
+        // Each VP has its own processor: there is nobody to let run.
+        Answer::Done
+    }
+}
+
+hvcore::offer_hypercalls!(impl['c] for Calls<'c> {
+    FlushVirtualAddressSpace,
+    FlushVirtualAddressList,
+    FlushVirtualAddressSpaceEx,
+    FlushVirtualAddressListEx,
+    FlushGuestPhysicalAddressSpace,
+    FlushGuestPhysicalAddressList,
+    SendSyntheticClusterIpi,
+    SendSyntheticClusterIpiEx,
+    NotifyLongSpinWait,
+});
+
+/// The caller's registers: RAX in its VMCB, XMM0 to XMM5 in the processor, the rest saved at the exit.
+struct CallRegisters<'r> {
+    vmcb: &'r mut Vmcb,
+    gprs: &'r mut Gprs,
+}
+
+impl Registers for CallRegisters<'_> {
+    #[inline]
+    fn gpr(&self, register: Gpr) -> u64 {
+        match register {
+            Gpr::Rax => self.vmcb.save.rax,
+            Gpr::Rbx => self.gprs.rbx,
+            Gpr::Rcx => self.gprs.rcx,
+            Gpr::Rdx => self.gprs.rdx,
+            Gpr::Rsi => self.gprs.rsi,
+            Gpr::Rdi => self.gprs.rdi,
+            Gpr::R8 => self.gprs.r8,
+        }
+    }
+
+    #[inline]
+    fn set_gpr(&mut self, register: Gpr, value: u64) {
+        match register {
+            Gpr::Rax => self.vmcb.save.rax = value,
+            Gpr::Rbx => self.gprs.rbx = value,
+            Gpr::Rcx => self.gprs.rcx = value,
+            Gpr::Rdx => self.gprs.rdx = value,
+            Gpr::Rsi => self.gprs.rsi = value,
+            Gpr::Rdi => self.gprs.rdi = value,
+            Gpr::R8 => self.gprs.r8 = value,
+        }
+    }
+
+    fn xmm(&self, register: Xmm) -> u128 {
+        fpu::xmm(xmm_number(register))
+    }
+
+    fn set_xmm(&mut self, register: Xmm, value: u128) {
+        // SAFETY: the registers are the guest's, whose call this is; L0 uses none.
+        unsafe { fpu::set_xmm(xmm_number(register), value) };
+    }
+}
+
+const fn xmm_number(register: Xmm) -> u8 {
+    match register {
+        Xmm::Xmm0 => 0,
+        Xmm::Xmm1 => 1,
+        Xmm::Xmm2 => 2,
+        Xmm::Xmm3 => 3,
+        Xmm::Xmm4 => 4,
+        Xmm::Xmm5 => 5,
+    }
+}
+
+/// The mode of the guest in `vmcb`.
+#[inline]
+fn mode(vmcb: &Vmcb) -> CallerMode {
+    let s = &vmcb.save;
+    CallerMode::new(s.efer, s.cr0, vmcb.in_64bit_code(), s.cpl)
+}
+
+/// Performs the hypercall of `level`, and everything that its completion needs.
+fn perform<C: CallerMemory + ?Sized>(vp: &mut Vp, level: Level, vm_id: u64, memory: &C) -> Outcome {
+    let shared = vp.shared;
+    let hyperv = &shared.hyperv;
+    let vmcb = match level {
+        Level::L1 => &mut vp.pages.vmcb01,
+        Level::L2 => &mut vp.pages.vmcb02,
+    };
+    let caller = hyperv.interface.caller(mode(vmcb), level);
+    let mut registers = CallRegisters { vmcb, gprs: &mut vp.gprs };
+    let flush = FlushCalls::new(hyperv.domain, &hyperv.map, vm_id, &mut vp.hyperv.shootdown);
+    let mut calls = Calls { flush, shared };
+    let outcome = handle(&mut calls, &caller, &mut registers, memory, &mut vp.hyperv.scratch);
+    let posted = calls.flush.posted();
+    if posted != Posted::Done {
+        settle(shared, &mut vp.hyperv.shootdown, posted);
+    }
+    outcome
+}
+
+/// Kicks the targets of a request and waits for them.
+///
+/// GIF is clear: a kick to this processor is held meanwhile. No one waits for it, as it has left its guest, which it
+/// told before (`LocalFlush::exit`).
+fn settle(shared: &Shared, shootdown: &mut Shootdown, posted: Posted) {
+    for slot in shootdown.kicks() {
+        shared.kick(usize::from(slot));
+    }
+    if posted == Posted::Wait {
+        while !shootdown.poll(shared.hyperv.domain.vps()) {
+            hw::cpu::pause();
+        }
+    }
+}
+
+/// VMMCALL of L1.
+pub fn l1_call(vp: &mut Vp) {
+    if !vp.shared.enlighten {
+        return exits::raise(vp, Fault::UD);
+    }
+    let memory = &vp.shared.memory;
+    match perform(vp, Level::L1, 0, &L1Caller(memory)) {
+        Outcome::Complete(_) => {
+            exits::step_over(vp, Kind::Vmmcall);
+        }
+        // RIP stays: the call is issued again.
+        Outcome::Retry | Outcome::Suspend => {}
+        Outcome::InjectUd => exits::raise(vp, Fault::UD),
+    }
+}
+
+/// Whether L0 takes the hypercall of the L2 in `vmcb`.
+#[inline]
+pub fn takes(
+    hyperv: &HyperV,
+    vp: &VpInterface,
+    memory: &crate::memory::L1Memory,
+    enlightenments: &EnlightenedVmcbFields,
+    vmcb: &Vmcb,
+    gprs: &Gprs,
+) -> bool {
+    let input = match mode(vmcb).width {
+        Width::Bits64 => gprs.rcx,
+        Width::Bits32 => gprs.rdx << 32 | vmcb.save.rax & 0xffff_ffff,
+    };
+    let call = HypercallInput(input).call_code();
+    let in_context = enlightenments.enlightenments_control.nested_flush_virtual_hypercall();
+    direct::authorise(&hyperv.interface, vp, in_context, call, memory) == DirectFlush::Allowed
+}
+
+/// A direct flush: L2's hypercall, done by L0. `next_rip` is behind the instruction.
+pub fn direct_flush(vp: &mut Vp, next_rip: u64) -> Result<(), Failure> {
+    let (vm_id, assist) = (vp.nested.enlightenments().vm_id, vp.nested.enlightenments().partition_assist_page);
+    let memory = &vp.shared.memory;
+    let outcome = match l2_fetch(vp).walk {
+        Some(walk) => perform(vp, Level::L2, vm_id, &L2Caller { memory, second_stage: &walk }),
+        None => perform(vp, Level::L2, vm_id, &L1Caller(memory)),
+    };
+    let fetch = Fetch { memory, walk: None };
+    match outcome {
+        Outcome::Complete(result) => {
+            vp.pages.vmcb02.complete_instruction(next_rip);
+            if !result.status().is_success() {
+                return Ok(());
+            }
+            // TlbLockCount is the first word of the partition assist page.
+            let locked = (assist & 0xfff == 0).then(|| memory.read_u32(L1Gpa::new(assist)).ok()).flatten();
+            match locked {
+                Some(0) => Ok(()),
+                Some(_) => match vp.nested.synthetic_exit(&mut machine!(vp, fetch)) {
+                    L2Exit::Shutdown => exits::reset_machine(vp),
+                    _ => Ok(()),
+                },
+                None => {
+                    refuse(vp, result);
+                    Ok(())
+                }
+            }
+        }
+        Outcome::Retry | Outcome::Suspend => Ok(()),
+        Outcome::InjectUd => {
+            exits::raise(vp, Fault::UD);
+            Ok(())
+        }
+    }
+}
+
+/// The flush is done, but its partition assist page is not there: HV_STATUS_INVALID_HYPERCALL_INPUT.
+fn refuse(vp: &mut Vp, done: HypercallResult) {
+    let result = HypercallResult::new(HvStatus::INVALID_HYPERCALL_INPUT, done.reps_completed()).raw();
+    let vmcb = &mut vp.pages.vmcb02;
+    match mode(vmcb).width {
+        Width::Bits64 => vmcb.save.rax = result,
+        Width::Bits32 => {
+            vmcb.save.rax = result & 0xffff_ffff;
+            vp.gprs.rdx = result >> 32;
+        }
+    }
+}
+
+/// Announces the nested context that L2 is about to run in.
+pub fn set_context(vp: &mut Vp) {
+    let enlightenments = vp.nested.enlightenments();
+    let ids = vp.shared.enlighten.then_some(NestedIds { vm_id: enlightenments.vm_id, vp_id: enlightenments.vp_id });
+    let context = vp.nested.context();
+    let context = NestedContext { ids, tag: u64::from(context.asid), root: context.n_cr3.unwrap_or(0) };
+    // What `Retire` asks for comes back from the next `LocalFlush::enter`.
+    let _ = vp.flush.set_context(context);
+}
+
+/// Carries out what is to be flushed before the guest of `level` runs.
+pub fn apply(
+    nested: &mut nsvm::NestedSvm,
+    shadow: &mut nsvm::npt::NptShadow<'static>,
+    level: Level,
+    flush: &EntryFlush<'_, 16>,
+) {
+    if flush.gva != GvaFlush::None {
+        nested.retire_tag(level);
+    }
+    match flush.second_stage {
+        SecondStageFlush::None => return,
+        SecondStageFlush::Everything => {
+            shadow.flush_everything();
+        }
+        SecondStageFlush::Items(items) => {
+            for item in items {
+                match *item {
+                    SecondStageItem::Root(root) => shadow.flush_address_space(root),
+                    SecondStageItem::RootRange { root, first, pages } => {
+                        shadow.flush_gpa_range(root, L2Gpa::new(first), pages.saturating_mul(4096))
+                    }
+                    SecondStageItem::L1Range { first, pages } => shadow.l1_gpa_changed(
+                        L1Gpa::new(first),
+                        pages.saturating_mul(4096),
+                        hvcore::shadow::L1Change::Unmap,
+                    ),
+                };
+            }
+        }
+    }
+    nested.retire_tag(Level::L2);
+}
+
+/// RDMSR of a synthetic MSR; `None`: #GP.
+pub fn read_msr(vp: &mut Vp, number: u32) -> Option<u64> {
+    if !vp.shared.enlighten {
+        return None;
+    }
+    match vp.shared.hyperv.interface.msr_read(&vp.hyperv.msrs, number, 0) {
+        MsrRead::Value(value) => Some(value),
+        MsrRead::Fault | MsrRead::NotMine => None,
+        MsrRead::Embedder(EmbedderRead::Icr) => {
+            let apic = vp.shared.apic;
+            Some(u64::from(apic.read(reg::ICR_HIGH)) << 32 | u64::from(apic.read(reg::ICR_LOW)))
+        }
+        MsrRead::Embedder(EmbedderRead::Tpr) => Some(u64::from(vp.shared.apic.read(reg::TPR))),
+    }
+}
+
+/// WRMSR of a synthetic MSR; `false`: #GP.
+pub fn write_msr(vp: &mut Vp, number: u32, value: u64) -> bool {
+    if !vp.shared.enlighten {
+        return false;
+    }
+    let action = match vp.shared.hyperv.interface.msr_write(&vp.hyperv.msrs, number, value) {
+        MsrWrite::Done => return true,
+        MsrWrite::Fault | MsrWrite::NotMine => return false,
+        MsrWrite::Embedder(action) => action,
+    };
+    match action {
+        Action::Overlay(change) => overlay_changed(vp, change.which),
+        Action::Eoi(value) => mmio::apic_write(vp, reg::EOI, value),
+        Action::Icr(value) => {
+            mmio::apic_write(vp, reg::ICR_HIGH, (value >> 32) as u32);
+            mmio::apic_write(vp, reg::ICR_LOW, value as u32);
+        }
+        Action::Tpr(value) => mmio::apic_write(vp, reg::TPR, u32::from(value)),
+        // Not offered.
+        Action::Crash(_) | Action::Reset | Action::StopTscEmulation => {}
+    }
+    true
+}
+
+/// Makes L0's tables and the shadows agree with where L1 has its overlay page now.
+fn overlay_changed(vp: &mut Vp, which: Overlay) {
+    let shared = vp.shared;
+    let interface = &shared.hyperv.interface;
+    let old = {
+        let mut npt = shared.npt01.lock();
+        let to = interface.overlay(which).map(L1Gpa::raw);
+        let page = HyperV::overlay_page(which);
+        let old = OVERLAYS.place(which, to, page);
+        if let Some(gpa) = old.filter(|gpa| OVERLAYS.at(*gpa).is_none()) {
+            let _ = npt.set_overlay(gpa, None);
+        }
+        if let Some(gpa) = to
+            && npt.set_overlay(gpa, Some(page)).is_err()
+        {
+            crate::say!("l0: no page to map the overlay at {gpa:#x}");
+        }
+        old
+    };
+    // Every VP forgets what it cached of the two places.
+    let shootdown = &mut vp.hyperv.shootdown;
+    let hyperv = &shared.hyperv;
+    let posted = hyperv.domain.flush_l1(&hyperv.map, VpSet::All, GvaScope::Everything, shootdown);
+    settle(shared, shootdown, posted);
+    for gpa in [old, interface.overlay(which).map(L1Gpa::raw)].into_iter().flatten() {
+        let scope = SecondStageScope::L1Pages { first: L1Gpa::new(gpa), pages: 1 };
+        let posted = hyperv.domain.flush_second_stage(scope, shootdown);
+        settle(shared, shootdown, posted);
+    }
+}
