@@ -68,7 +68,6 @@ impl Log {
     }
 
     /// As [`run`](Self::run), for a command that must fail: the control of a check.
-    #[allow(dead_code)]
     pub fn run_expecting_failure(&mut self, command: impl Into<Command>) -> Result<()> {
         let (command, success) = self.succeeds(command)?;
         if success { Err(format!("should have failed, and did not: {command}").into()) } else { Ok(()) }
@@ -85,6 +84,16 @@ impl Log {
             .status()
             .map_err(|e| format!("cannot run {text}: {e}"))?;
         Ok((text, status.success()))
+    }
+
+    /// Bytes in the log so far, for [`since`](Self::since).
+    pub fn length(&self) -> Result<usize> {
+        Ok(fs::read(&self.path)?.len())
+    }
+
+    /// What came into the log after its length was `start`.
+    pub fn since(&self, start: usize) -> Result<String> {
+        Ok(String::from_utf8_lossy(fs::read(&self.path)?.get(start..).unwrap_or_default()).into_owned())
     }
 
     /// The last `lines` lines of the log.

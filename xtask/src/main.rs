@@ -8,6 +8,8 @@ mod ctx;
 mod images;
 mod machine;
 mod nested_bench;
+mod probe;
+mod public_items;
 mod qemu_test;
 mod run_l1;
 mod scenarios;

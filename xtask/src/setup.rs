@@ -126,7 +126,6 @@ fn apt_get(sudo: &str, args: &[&str]) -> Result<()> {
 }
 
 /// Makes sure that rustup's toolchain has `target`: `Ok(false)` when it is not there and cannot be had.
-#[allow(dead_code)]
 pub fn rust_target(ctx: &Ctx, target: &str) -> Result<bool> {
     rustup_has(ctx, "target", target)
 }
@@ -134,6 +133,20 @@ pub fn rust_target(ctx: &Ctx, target: &str) -> Result<bool> {
 /// Makes sure that rustup's toolchain has `component`: `Ok(false)` when it is not there and cannot be had.
 pub fn rust_component(ctx: &Ctx, component: &str) -> Result<bool> {
     rustup_has(ctx, "component", component)
+}
+
+/// Makes sure that rustup has the toolchain `version`: `Ok(false)` when it is not there and cannot be had.
+pub fn rust_toolchain(ctx: &Ctx, version: &str) -> Result<bool> {
+    let Ok(out) = Command::new("rustup").args(["toolchain", "list"]).output() else { return Ok(false) };
+    if String::from_utf8_lossy(&out.stdout).lines().any(|l| l.starts_with(&format!("{version}-"))) {
+        return Ok(true);
+    }
+    if ctx.no_install {
+        return Ok(false);
+    }
+    println!("set-up: rustup toolchain install {version}");
+    let install = ["toolchain", "install", version, "--profile", "minimal", "--no-self-update"];
+    Ok(Command::new("rustup").args(install).output().is_ok_and(|out| out.status.success()))
 }
 
 fn rustup_has(ctx: &Ctx, kind: &str, name: &str) -> Result<bool> {

@@ -5,7 +5,7 @@
 
 use crate::ctx::{Ctx, Log, Result};
 use crate::images::{self, Freestanding, Target};
-use crate::{qemu_test, setup};
+use crate::{probe, qemu_test, setup};
 use std::time::Duration;
 use xshell::cmd;
 
@@ -41,6 +41,10 @@ pub const STAGES: &[Stage] = &[
     Stage { name: "host-tests", budget: minutes(6), run: host_tests },
     Stage { name: "doc-tests", budget: minutes(2), run: doc_tests },
     Stage { name: "doc", budget: minutes(2), run: doc },
+    Stage { name: "msrv", budget: minutes(2), run: msrv },
+    Stage { name: "other-targets", budget: minutes(1), run: other_targets },
+    Stage { name: "loom", budget: minutes(3), run: loom },
+    Stage { name: "no-panic", budget: minutes(2), run: no_panic },
     Stage { name: "qemu-test", budget: minutes(15), run: qemu_tests },
     Stage { name: "qemu-test-host", budget: minutes(2), run: qemu_tests_on_the_host_target },
 ];
@@ -88,6 +92,62 @@ fn doc(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
     let sh = &ctx.sh;
     log.run(cmd!(sh, "cargo doc --workspace --no-deps").env("RUSTDOCFLAGS", "-D warnings"))?;
     Ok(Outcome::Passed)
+}
+
+/// The `rust-version` of the workspace.
+fn stated_msrv(ctx: &Ctx) -> Result<String> {
+    let manifest = ctx.sh.read_file("Cargo.toml")?;
+    let version = manifest.lines().find_map(|l| l.strip_prefix("rust-version = \"")?.strip_suffix('"'));
+    Ok(version.ok_or("Cargo.toml has no rust-version")?.to_string())
+}
+
+fn msrv(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
+    let version = stated_msrv(ctx)?;
+    if !setup::rust_toolchain(ctx, &version)? {
+        let note = format!("no toolchain {version} to be had: clippy's incompatible_msrv stands in");
+        return Ok(Outcome::Skipped(note));
+    }
+    let sh = &ctx.sh;
+    log.run(cmd!(sh, "rustup run {version} cargo check --workspace --target-dir target/msrv"))?;
+    Ok(Outcome::PassedWith(format!("Rust {version}")))
+}
+
+/// The library crates need no x86 host.
+fn other_targets(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
+    const TARGET: &str = "aarch64-unknown-none";
+    if !setup::rust_target(ctx, TARGET)? {
+        return Ok(Outcome::Skipped(format!("no target {TARGET} to be had")));
+    }
+    let sh = &ctx.sh;
+    let packages = probe::CRATES.iter().flat_map(|name| ["-p", name]);
+    log.run(cmd!(sh, "cargo check --target {TARGET} {packages...}"))?;
+    Ok(Outcome::PassedWith(TARGET.into()))
+}
+
+/// Every protocol on atomics is a `tests/loom*.rs` of the crate that has it.
+fn loom(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
+    let sh = &ctx.sh;
+    let is_model = |path: &std::path::PathBuf| {
+        path.extension().is_some_and(|e| e == "rs")
+            && path.file_stem().is_some_and(|n| n.to_string_lossy().starts_with("loom"))
+    };
+    let mut models = 0;
+    for package in probe::CRATES {
+        let here = sh.read_dir(format!("{package}/tests")).unwrap_or_default().into_iter().filter(is_model).count();
+        if here > 0 {
+            let command = cmd!(sh, "cargo test -p {package} --release --target-dir target/loom --test loom*");
+            log.run(command.env("CARGO_ENCODED_RUSTFLAGS", "--cfg\x1floom"))?;
+        }
+        models += here;
+    }
+    match models {
+        0 => Ok(Outcome::Skipped("no models".into())),
+        n => Ok(Outcome::PassedWith(format!("{n} files of models"))),
+    }
+}
+
+fn no_panic(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
+    probe::stage(ctx, log).map(Outcome::PassedWith)
 }
 
 fn qemu_tests(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {

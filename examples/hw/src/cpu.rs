@@ -6,7 +6,12 @@ pub use core::arch::x86_64::CpuidResult;
 /// CPUID of `leaf` and `subleaf`.
 #[inline]
 pub fn cpuid(leaf: u32, subleaf: u32) -> CpuidResult {
-    core::arch::x86_64::__cpuid_count(leaf, subleaf)
+    // Safe in newer compilers than the oldest that is supported.
+    #[allow(unused_unsafe)]
+    // SAFETY: every x86-64 processor has CPUID, and it only writes its result registers.
+    unsafe {
+        core::arch::x86_64::__cpuid_count(leaf, subleaf)
+    }
 }
 
 /// The time stamp counter.

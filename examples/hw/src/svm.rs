@@ -207,6 +207,7 @@ pub unsafe fn stgi() {
 /// # Safety
 /// GIF is clear, EFER.SVME set, RFLAGS.IF clear; an NMI handler is in place.
 #[unsafe(naked)]
+#[allow(named_asm_labels, reason = "a naked function is assembled once; only older compilers warn")]
 pub unsafe extern "C" fn wait_for_nmi() {
     naked_asm!(
         ".globl hw_svm_wait_start",
