@@ -92,12 +92,12 @@ impl Formats {
 
     fn library(self) -> NptFormat {
         let mode = match self.l1 {
-            Format::Bits32 => PagingMode::Legacy { pse: true },
+            Format::Bits32 => PagingMode::Legacy,
             Format::Pae => PagingMode::Pae,
             Format::Level5 => PagingMode::Long5,
             _ => PagingMode::Long4,
         };
-        NptFormat { mode, nxe: self.nxe != self.mistaken, phys_bits: 40, gib_pages: true }
+        NptFormat { mode, pse: true, nxe: self.nxe != self.mistaken, phys_bits: 40, gib_pages: true }
     }
 
     fn npt(self) -> Linear {

@@ -161,7 +161,7 @@ impl World<'_> {
         let l1 = self.expected(gpa, kind);
         let wanted = l1.and_then(|l1| L1Map::map(&self.map, L1Gpa::new(l1)).map(|m| m.hpa.raw() + (l1 & 0xFFF)));
         let (vp, cpu) = (&mut self.vps[vp], &mut self.cpus[cpu]);
-        let format = NptFormat { mode: PagingMode::Long4, nxe: true, phys_bits: 40, gib_pages: true };
+        let format = NptFormat { mode: PagingMode::Long4, pse: false, nxe: true, phys_bits: 40, gib_pages: true };
         for _ in 0..6 {
             let root = vp.shadow.activate(NptContext { ncr3: ROOT, asid: l1_asid, format }).raw();
             if vp.shadow.tag_stale() {

@@ -32,11 +32,8 @@ const EFER_NXE: u64 = 1 << 11;
 /// Paging mode of L1 at VMRUN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PagingMode {
-    /// Two levels of 4-byte entries; 4 MiB pages when CR4.PSE is set.
-    Legacy {
-        /// CR4.PSE.
-        pse: bool,
-    },
+    /// Two levels of 4-byte entries.
+    Legacy,
     /// Three levels of 8-byte entries, 32-bit addresses.
     Pae,
     /// Long mode with four levels.
@@ -46,10 +43,12 @@ pub enum PagingMode {
 }
 
 /// How L1's nested page tables are to be read.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NptFormat {
     /// Levels and entry size.
     pub mode: PagingMode,
+    /// CR4.PSE of L1: 4 MiB pages. Without effect but in legacy mode.
+    pub pse: bool,
     /// EFER.NXE of L1. Without effect in legacy mode.
     pub nxe: bool,
     /// Width of physical addresses that L1 was told, CPUID 0x80000008 EAX bits 7:0. Bits above it are reserved.
@@ -58,28 +57,7 @@ pub struct NptFormat {
     pub gib_pages: bool,
 }
 
-/// Formats are compared at every entry of L2: as one number.
-impl PartialEq for NptFormat {
-    #[inline]
-    fn eq(&self, other: &Self) -> bool {
-        self.number() == other.number()
-    }
-}
-
-impl Eq for NptFormat {}
-
 impl NptFormat {
-    #[inline(always)]
-    const fn number(self) -> u32 {
-        let mode = match self.mode {
-            PagingMode::Legacy { pse } => pse as u32,
-            PagingMode::Pae => 2,
-            PagingMode::Long4 => 3,
-            PagingMode::Long5 => 4,
-        };
-        mode | (self.nxe as u32) << 4 | (self.gib_pages as u32) << 5 | (self.phys_bits as u32) << 8
-    }
-
     /// The format that L1's CR0, CR4 and EFER at VMRUN select, or `None` when L1's paging is off: then VMRUN with
     /// nested paging is refused. `phys_bits` and `gib_pages` are what L1's CPUID says.
     pub const fn from_registers(cr0: u64, cr4: u64, efer: u64, phys_bits: u8, gib_pages: bool) -> Option<Self> {
@@ -91,16 +69,17 @@ impl NptFormat {
         } else if cr4 & CR4_PAE != 0 {
             PagingMode::Pae
         } else {
-            PagingMode::Legacy { pse: cr4 & CR4_PSE != 0 }
+            PagingMode::Legacy
         };
-        Some(Self { mode, nxe: efer & EFER_NXE != 0, phys_bits, gib_pages })
+        let legacy = matches!(mode, PagingMode::Legacy);
+        Some(Self { mode, pse: legacy && cr4 & CR4_PSE != 0, nxe: efer & EFER_NXE != 0, phys_bits, gib_pages })
     }
 
     /// Levels of tables, the top one's number.
     #[inline(always)]
     pub const fn levels(self) -> u8 {
         match self.mode {
-            PagingMode::Legacy { .. } => 2,
+            PagingMode::Legacy => 2,
             PagingMode::Pae => 3,
             PagingMode::Long4 => 4,
             PagingMode::Long5 => 5,
@@ -111,7 +90,7 @@ impl NptFormat {
     #[inline(always)]
     pub const fn entry_bytes(self) -> u64 {
         match self.mode {
-            PagingMode::Legacy { .. } => 4,
+            PagingMode::Legacy => 4,
             _ => 8,
         }
     }
@@ -119,14 +98,14 @@ impl NptFormat {
     /// True when no-execute is in force: what makes EXITINFO1 show instruction fetches.
     #[inline(always)]
     pub const fn no_execute(self) -> bool {
-        self.nxe && !matches!(self.mode, PagingMode::Legacy { .. })
+        self.nxe && !matches!(self.mode, PagingMode::Legacy)
     }
 
     /// The top table that nCR3 names.
     #[inline(always)]
     pub const fn top(self, ncr3: u64) -> L1Gpa {
         L1Gpa::new(match self.mode {
-            PagingMode::Legacy { .. } => ncr3 & 0xFFFF_F000,
+            PagingMode::Legacy => ncr3 & 0xFFFF_F000,
             PagingMode::Pae => ncr3 & 0xFFFF_FFE0,
             PagingMode::Long4 | PagingMode::Long5 => ncr3 & ADDRESS,
         })
@@ -136,7 +115,7 @@ impl NptFormat {
     #[inline(always)]
     pub const fn reaches(self, gpa: L2Gpa) -> bool {
         let width = match self.mode {
-            PagingMode::Legacy { .. } | PagingMode::Pae => 32,
+            PagingMode::Legacy | PagingMode::Pae => 32,
             PagingMode::Long4 => 48,
             PagingMode::Long5 => 57,
         };
@@ -147,7 +126,7 @@ impl NptFormat {
     #[inline(always)]
     pub(super) const fn shift(self, level: u8) -> u32 {
         let index_bits = match self.mode {
-            PagingMode::Legacy { .. } => 10u32,
+            PagingMode::Legacy => 10u32,
             _ => 9,
         };
         12u32.wrapping_add(index_bits.wrapping_mul((level as u32).wrapping_sub(1)))
@@ -157,7 +136,7 @@ impl NptFormat {
     #[inline(always)]
     pub(super) const fn entry_address(self, table: L1Gpa, level: u8, gpa: L2Gpa) -> L1Gpa {
         let mask = match self.mode {
-            PagingMode::Legacy { .. } => 0x3FF,
+            PagingMode::Legacy => 0x3FF,
             _ => 0x1FF,
         };
         // Levels are 1 to 5, so shifts stay below 64; tables lie below 2^52.
@@ -176,7 +155,7 @@ impl NptFormat {
     pub(super) const fn is_leaf(self, level: u8, entry: u64) -> bool {
         match (level, self.mode) {
             (1, _) => true,
-            (2, PagingMode::Legacy { pse }) => pse && entry & PS != 0,
+            (2, PagingMode::Legacy) => self.pse && entry & PS != 0,
             (2, _) => entry & PS != 0,
             (3, PagingMode::Long4 | PagingMode::Long5) => entry & PS != 0,
             _ => false,
@@ -187,7 +166,7 @@ impl NptFormat {
     #[inline(always)]
     pub(super) const fn reserved(self, level: u8, entry: u64) -> u64 {
         let mask = match self.mode {
-            PagingMode::Legacy { .. } => {
+            PagingMode::Legacy => {
                 if level == 2 && self.is_leaf(level, entry) {
                     // Bits 20:13 are address bits 39:32; bit 21 is reserved.
                     (1 << 21) | ((above(self.phys_bits) & (0xFF << 32)) >> 19)
@@ -231,8 +210,8 @@ impl NptFormat {
     pub(super) const fn target(self, level: u8, entry: u64) -> L1Gpa {
         let page = !low_mask(self.shift(level));
         L1Gpa::new(match (self.mode, self.is_leaf(level, entry)) {
-            (PagingMode::Legacy { .. }, true) if level == 2 => (entry & 0xFFC0_0000) | ((entry >> 13 & 0xFF) << 32),
-            (PagingMode::Legacy { .. }, _) => entry & 0xFFFF_F000,
+            (PagingMode::Legacy, true) if level == 2 => (entry & 0xFFC0_0000) | ((entry >> 13 & 0xFF) << 32),
+            (PagingMode::Legacy, _) => entry & 0xFFFF_F000,
             (_, true) => entry & ADDRESS & page,
             (_, false) => entry & ADDRESS,
         })

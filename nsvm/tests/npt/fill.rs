@@ -79,7 +79,7 @@ fn the_shadow_page_is_the_smaller_of_both() {
         let (l2, l1) = (0x4060_7000, 0xC0A0_3000);
         let in_page = match (format.mode, level) {
             (_, 1) => 0,
-            (nsvm::npt::PagingMode::Legacy { .. }, _) => 0x3F_F000,
+            (nsvm::npt::PagingMode::Legacy, _) => 0x3F_F000,
             (_, 2) => 0x1F_F000,
             _ => 0x3FFF_F000,
         };
@@ -104,7 +104,7 @@ fn a_4_mib_page_reaches_above_4_gib() {
 
 #[test]
 fn without_pse_bit_7_of_a_legacy_pde_means_nothing() {
-    let format = NptFormat { mode: nsvm::npt::PagingMode::Legacy { pse: false }, ..LONG };
+    let format = NptFormat { mode: nsvm::npt::PagingMode::Legacy, ..LONG };
     let (machine, mut shadow) = start(format);
     machine.map(format, 0x40_0000, 0x7_5000, 1, ALL | D);
     let pde = slot(format, TOP, 2, 0x40_0000);
@@ -325,4 +325,27 @@ fn a_cached_walk_reads_tables_only_for_what_is_not_at_hand() {
     fault(&mut shadow, &machine, 0x20_0000, READ | FINAL);
     assert_eq!(shadow.cached(L2Gpa::new(0x20_0000), Access::Execute), None);
     assert_eq!(go(&shadow, Access::Execute), None);
+}
+
+#[test]
+fn the_format_is_that_of_l1s_paging() {
+    use nsvm::npt::PagingMode::{Legacy, Long4, Long5, Pae};
+    const PG: u64 = 1 << 31;
+    const PSE: u64 = 1 << 4;
+    const CR4_PAE: u64 = 1 << 5;
+    const LA57: u64 = 1 << 12;
+    const LMA: u64 = 1 << 10;
+    const NXE: u64 = 1 << 11;
+    for (cr4, efer, mode, pse, nxe) in [
+        (0, 0, Legacy, false, false),
+        (PSE | LA57, NXE, Legacy, true, true),
+        (CR4_PAE | PSE, 0, Pae, false, false),
+        (CR4_PAE | LA57, NXE, Pae, false, true),
+        (CR4_PAE | PSE, LMA | NXE, Long4, false, true),
+        (CR4_PAE | LA57, LMA, Long5, false, false),
+    ] {
+        let format = NptFormat::from_registers(PG | 1, cr4, efer, 39, true).unwrap();
+        assert_eq!(format, NptFormat { mode, pse, nxe, phys_bits: 39, gib_pages: true });
+        assert_eq!(NptFormat::from_registers(1, cr4, efer, 39, true), None, "L1 without paging");
+    }
 }

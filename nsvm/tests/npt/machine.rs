@@ -86,7 +86,7 @@ impl Machine {
             let at = slot(format, table, at_level, l2);
             if at_level == level {
                 let size = if level > 1 { PS } else { 0 };
-                let address = if matches!(format.mode, PagingMode::Legacy { .. }) && level == 2 {
+                let address = if matches!(format.mode, PagingMode::Legacy) && level == 2 {
                     (l1 & 0xFFC0_0000) | ((l1 >> 32 & 0xFF) << 13)
                 } else {
                     l1
@@ -115,7 +115,7 @@ impl Machine {
 
 /// Address of the entry for `l2` in the table of `level` at `table`.
 pub fn slot(format: NptFormat, table: u64, level: u8, l2: u64) -> u64 {
-    let bits = if matches!(format.mode, PagingMode::Legacy { .. }) { 10 } else { 9 };
+    let bits = if matches!(format.mode, PagingMode::Legacy) { 10 } else { 9 };
     let shift = 12 + bits * (u32::from(level) - 1);
     table + (l2 >> shift & ((1 << bits) - 1)) * format.entry_bytes()
 }
@@ -206,10 +206,11 @@ impl Machine {
     }
 }
 
-pub const LONG: NptFormat = NptFormat { mode: PagingMode::Long4, nxe: true, phys_bits: 40, gib_pages: true };
+pub const LONG: NptFormat =
+    NptFormat { mode: PagingMode::Long4, pse: false, nxe: true, phys_bits: 40, gib_pages: true };
 pub const LONG5: NptFormat = NptFormat { mode: PagingMode::Long5, ..LONG };
 pub const PAE: NptFormat = NptFormat { mode: PagingMode::Pae, ..LONG };
-pub const LEGACY: NptFormat = NptFormat { mode: PagingMode::Legacy { pse: true }, ..LONG };
+pub const LEGACY: NptFormat = NptFormat { mode: PagingMode::Legacy, pse: true, ..LONG };
 
 pub fn context(format: NptFormat) -> NptContext {
     NptContext { ncr3: TOP, asid: 1, format }

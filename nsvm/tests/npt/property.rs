@@ -23,12 +23,12 @@ fn kind(format: NptFormat, level: u8, entry: u64) -> (u64, bool) {
     let high = if format.phys_bits > 51 { 0 } else { range(51, u32::from(format.phys_bits)) };
     let nx = if format.nxe { 0 } else { NX };
     match (format.mode, level) {
-        (PagingMode::Legacy { .. }, 1) => (0, true),
-        (PagingMode::Legacy { pse }, _) if large && pse => {
+        (PagingMode::Legacy, 1) => (0, true),
+        (PagingMode::Legacy, _) if large && format.pse => {
             let above = if format.phys_bits >= 40 { 0 } else { range(20, u32::from(format.phys_bits) - 19) };
             (1 << 21 | above, true)
         }
-        (PagingMode::Legacy { .. }, _) => (0, false),
+        (PagingMode::Legacy, _) => (0, false),
         (PagingMode::Pae, 3) => (high | range(63, 52) | range(8, 5) | range(2, 1), false),
         (PagingMode::Pae, 2) => (high | range(62, 52) | nx | if large { range(20, 13) } else { 0 }, large),
         (PagingMode::Pae, _) => (high | range(62, 52) | nx, true),
@@ -138,7 +138,7 @@ fn one(format: NptFormat, random: &mut Random, shadow: &mut NptShadow<'_>) -> bo
 fn mutated_tables_behave_as_the_naive_walk_says() {
     let mut random = Random(7);
     let mut shadow = shadow(8);
-    for base in [LONG, LONG5, PAE, LEGACY, NptFormat { mode: PagingMode::Legacy { pse: false }, ..LONG }] {
+    for base in [LONG, LONG5, PAE, LEGACY, NptFormat { mode: PagingMode::Legacy, ..LONG }] {
         let mut passed = 0;
         for n in 0..4_000 {
             let format =

@@ -40,7 +40,7 @@ struct Page {
 /// The naive walk: what L1's tables and the embedder's mapping say together, written without the library's help.
 fn oracle(machine: &Machine, format: NptFormat, ncr3: u64, gpa: u64) -> Option<Page> {
     let (l1, write, execute) = match format.mode {
-        PagingMode::Legacy { pse } => oracle_legacy(machine, ncr3, gpa, pse)?,
+        PagingMode::Legacy => oracle_legacy(machine, ncr3, gpa, format.pse)?,
         _ => oracle_wide(machine, format, ncr3, gpa)?,
     };
     let mapping = L1Map::map(machine, L1Gpa::new(l1))?;
