@@ -74,7 +74,7 @@ fn map_fits(config: &Config, base: u64, len: u64) -> bool {
 }
 
 /// True for the events that EVENTINJ may name (APM section 15.20).
-fn event_is_possible(event: Event) -> bool {
+pub(crate) fn event_is_possible(event: Event) -> bool {
     match event.kind() {
         // Vector 2 is the NMI, which is no exception.
         Some(EventKind::Exception) => event.vector() <= 31 && event.vector() != 2,

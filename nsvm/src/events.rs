@@ -66,6 +66,17 @@ impl Events {
         self.nmi || self.init || self.interrupt.is_some() || self.watches_iret() || self.shutdown
     }
 
+    /// Parts that a saved state holds: pending NMI, pending INIT, pending interrupt, NMIs blocked.
+    pub(crate) const fn parts(&self) -> (bool, bool, Option<u8>, bool) {
+        (self.nmi, self.init, self.interrupt, !matches!(self.blocking, Blocking::Off))
+    }
+
+    /// From the parts of a saved state.
+    pub(crate) const fn from_parts(nmi: bool, init: bool, interrupt: Option<u8>, blocked: bool) -> Self {
+        let blocking = if blocked { Blocking::On } else { Blocking::Off };
+        Self { nmi, init, interrupt, blocking, step: None, iret01: false, shutdown: false, window: false }
+    }
+
     const fn watches_iret(&self) -> bool {
         matches!(self.blocking, Blocking::On)
     }

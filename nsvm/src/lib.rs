@@ -23,6 +23,7 @@ mod machine;
 mod maps;
 pub mod msr;
 pub mod npt;
+pub mod save;
 mod state;
 pub mod vmcb;
 mod vmexit;

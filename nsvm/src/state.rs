@@ -60,6 +60,8 @@ pub struct NestedSvm {
     pub(crate) enlightenments: EnlightenedVmcbFields,
     /// L1's state save area as L1's memory has it: last read or written.
     pub(crate) memory_save: Save,
+    /// `memory_save` is not what L1's memory has: the next exit writes everything.
+    pub(crate) memory_stale: bool,
     pub(crate) context: Context,
     /// The event that VMRUN injected and that has not been seen delivered.
     pub(crate) injected: u64,
@@ -87,6 +89,7 @@ impl NestedSvm {
             control: Control::new_zeroed(),
             enlightenments: EnlightenedVmcbFields::default(),
             memory_save: Save::new_zeroed(),
+            memory_stale: false,
             context: Context::default(),
             injected: 0,
             events: Events::default(),

@@ -137,20 +137,22 @@ impl NestedSvm {
 
     /// Writes the groups of the state save area that changed.
     fn store_save<M: GuestMemory + ?Sized>(&mut self, memory: &M, from: &Save, gpa: u64) -> Result<(), MemoryError> {
+        let all = self.memory_stale;
+        self.memory_stale = false;
         let to = &mut self.memory_save;
-        if (to.es, to.cs, to.ss, to.ds) != (from.es, from.cs, from.ss, from.ds) {
+        if all || (to.es, to.cs, to.ss, to.ds) != (from.es, from.cs, from.ss, from.ds) {
             (to.es, to.cs, to.ss, to.ds) = (from.es, from.cs, from.ss, from.ds);
             write_part::<0x400, 0x440, M>(memory, gpa, to)?;
         }
-        if to.gdtr != from.gdtr {
+        if all || to.gdtr != from.gdtr {
             to.gdtr = from.gdtr;
             write_part::<0x460, 0x470, M>(memory, gpa, to)?;
         }
-        if to.idtr != from.idtr {
+        if all || to.idtr != from.idtr {
             to.idtr = from.idtr;
             write_part::<0x480, 0x490, M>(memory, gpa, to)?;
         }
-        if (to.cpl, to.efer) != (from.cpl, from.efer) {
+        if all || (to.cpl, to.efer) != (from.cpl, from.efer) {
             (to.cpl, to.efer) = (from.cpl, from.efer);
             write_part::<0x4CB, 0x4CC, M>(memory, gpa, to)?;
             write_part::<0x4D0, 0x4D8, M>(memory, gpa, to)?;
@@ -162,15 +164,15 @@ impl NestedSvm {
         if to.cr4 & cr4::CET != 0 {
             (to.s_cet, to.ssp, to.isst_addr) = (from.s_cet, from.ssp, from.isst_addr);
         }
-        if (to.rsp, to.rax) != (from.rsp, from.rax) || to.cr4 & cr4::CET != 0 {
+        if all || (to.rsp, to.rax) != (from.rsp, from.rax) || to.cr4 & cr4::CET != 0 {
             (to.rsp, to.rax) = (from.rsp, from.rax);
             write_part::<0x5D8, 0x600, M>(memory, gpa, to)?;
         }
-        if to.cr2 != from.cr2 {
+        if all || to.cr2 != from.cr2 {
             to.cr2 = from.cr2;
             write_part::<0x640, 0x648, M>(memory, gpa, to)?;
         }
-        if self.control.np_control & np::ENABLE != 0 && to.g_pat != from.g_pat {
+        if self.control.np_control & np::ENABLE != 0 && (all || to.g_pat != from.g_pat) {
             to.g_pat = from.g_pat;
             write_part::<0x668, 0x670, M>(memory, gpa, to)?;
         }

@@ -7,12 +7,12 @@ use hvcore::addr::{L1Gpa, Level};
 use hvcore::memory::{GuestMemory, MemoryError};
 use zerocopy::IntoBytes;
 
-use crate::caps::Features;
+use crate::caps::{Config, Features};
 use crate::check::{self, Refusal};
 use crate::machine::Machine;
 use crate::state::{Context, NestedSvm};
 use crate::vmcb::bits::{Event, Intercepts, clean, cr4, int_ctl, int_state, misc1, misc2, np, rflags, tlb, virt_ext};
-use crate::vmcb::{ENLIGHTENED_VMCB_OFFSET, EnlightenedVmcbFields, SAVE_OFFSET, Save, Vmcb};
+use crate::vmcb::{Control, ENLIGHTENED_VMCB_OFFSET, EnlightenedVmcbFields, SAVE_OFFSET, Save, Vmcb};
 
 /// What L1's TLB_CONTROL asks of the translations that derive from L1's nested page tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +61,25 @@ fn read_part<const FROM: usize, const TO: usize, M: GuestMemory + ?Sized>(
     memory.read(L1Gpa::new(vmcb12.wrapping_add(FROM as u64)), part::<FROM, TO>(save))
 }
 
+/// Clears what L1 was not offered, and reserved bits that VMRUN ignores.
+pub(crate) fn sanitize(config: &Config, control: &mut Control) {
+    let offered = config.offered;
+    control.intercepts = control.intercepts.intersection(config.host.intercepts);
+    control.int_ctl &= config.int_ctl;
+    control.int_state &= int_state::SHADOW;
+    control.np_control &= if offered.has(Features::NP) { np::ENABLE } else { 0 };
+    control.virt_ext &= if offered.has(Features::LBR) { virt_ext::LBR } else { 0 };
+    if control.event_inj & Event::VALID == 0 {
+        control.event_inj = 0;
+    }
+    if !offered.has(Features::PAUSE_FILTER) {
+        control.pause_count = 0;
+    }
+    if !offered.has(Features::PAUSE_THRESHOLD) {
+        control.pause_threshold = 0;
+    }
+}
+
 impl NestedSvm {
     /// Reads the VMCB at `gpa`, checks it and makes VMCB02 of it. On failure the copies are forgotten.
     pub(crate) fn vmrun<G: ?Sized, M: GuestMemory + ?Sized, C: ?Sized>(
@@ -74,6 +93,7 @@ impl NestedSvm {
         check::control(&self.config, &self.control, &self.memory_save, m.vmcb01.save.cr0)?;
         check::save(&self.config, &self.memory_save)?;
         self.vmcb12 = Some(gpa);
+        self.memory_stale = false;
         let invalidate = self.switch_context();
         self.load_save(m.vmcb02, m.vmcb01, unchanged);
         self.load_control(m);
@@ -88,7 +108,7 @@ impl NestedSvm {
         let head = self.control.as_mut_bytes().get_mut(..0xC8).unwrap_or_default();
         memory.read(L1Gpa::new(gpa), head)?;
         let unchanged = if known && self.config.offered.has(Features::VMCB_CLEAN) { self.control.clean } else { 0 };
-        self.sanitize();
+        sanitize(&self.config, &mut self.control);
         if self.config.enlightened {
             // VM_ID, VP_ID and the assist address are read at every entry, whatever clean bit 31 says: Linux writes
             // its VP_ID after the first run and leaves the bit set.
@@ -117,26 +137,6 @@ impl NestedSvm {
             read_part::<0x670, 0x698, M>(memory, gpa, save)?;
         }
         Ok(unchanged)
-    }
-
-    /// Clears what L1 was not offered, and reserved bits that VMRUN ignores.
-    fn sanitize(&mut self) {
-        let offered = self.config.offered;
-        let control = &mut self.control;
-        control.intercepts = control.intercepts.intersection(self.config.host.intercepts);
-        control.int_ctl &= self.config.int_ctl;
-        control.int_state &= int_state::SHADOW;
-        control.np_control &= if offered.has(Features::NP) { np::ENABLE } else { 0 };
-        control.virt_ext &= if offered.has(Features::LBR) { virt_ext::LBR } else { 0 };
-        if control.event_inj & Event::VALID == 0 {
-            control.event_inj = 0;
-        }
-        if !offered.has(Features::PAUSE_FILTER) {
-            control.pause_count = 0;
-        }
-        if !offered.has(Features::PAUSE_THRESHOLD) {
-            control.pause_threshold = 0;
-        }
     }
 
     /// Retires the L2 tag if it stands for another context or L1 asks for a flush.
@@ -196,7 +196,7 @@ impl NestedSvm {
     }
 
     /// Puts the merged controls in VMCB02.
-    fn load_control<G: ?Sized, M: ?Sized, C: ?Sized>(&mut self, m: &mut Machine<'_, G, M, C>) {
+    pub(crate) fn load_control<G: ?Sized, M: ?Sized, C: ?Sized>(&mut self, m: &mut Machine<'_, G, M, C>) {
         let from = &self.control;
         let own = &m.vmcb01.control;
         let to = &mut m.vmcb02.control;
@@ -243,7 +243,7 @@ impl NestedSvm {
     }
 
     /// Chooses and refreshes the permission maps of L2.
-    fn merge_maps<G: ?Sized, M: GuestMemory + ?Sized, C: ?Sized>(
+    pub(crate) fn merge_maps<G: ?Sized, M: GuestMemory + ?Sized, C: ?Sized>(
         &mut self,
         m: &mut Machine<'_, G, M, C>,
         unchanged: u32,

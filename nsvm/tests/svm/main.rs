@@ -12,5 +12,6 @@ mod maps;
 mod msrs;
 mod rig;
 mod routing;
+mod save;
 mod vmexit;
 mod vmrun;
