@@ -2,6 +2,7 @@
 
 use crate::ctx::Result;
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -25,6 +26,15 @@ pub struct Loaded {
     pub args: String,
 }
 
+/// What somebody at the serial port types.
+#[derive(Clone, Copy, Debug)]
+pub struct Typed {
+    /// When this has been printed,
+    pub prompt: &'static str,
+    /// this is typed, and the enter key.
+    pub line: &'static str,
+}
+
 /// A machine to run and what to run on it.
 pub struct Run<'a> {
     /// The image.
@@ -37,8 +47,12 @@ pub struct Run<'a> {
     pub cpu: &'a str,
     /// Number of processors.
     pub cpus: u32,
+    /// Memory in MiB.
+    pub memory: u32,
     /// One tick of the time stamp counter is one instruction; processors take turns.
     pub icount: bool,
+    /// What is typed at its serial port.
+    pub typed: Option<Typed>,
     /// Time limit.
     pub timeout: Duration,
     /// An empty directory for the run's files.
@@ -52,6 +66,8 @@ pub struct Ended {
     pub output: String,
     /// What the emulator said.
     pub emulator: String,
+    /// The emulator's exit status.
+    pub status: Option<i32>,
     /// Whether the run was cut off.
     pub timed_out: bool,
     /// How long it took.
@@ -86,8 +102,10 @@ pub fn qemu(run: &Run<'_>, accel: Accel) -> Result<Ended> {
     if run.icount {
         command.args(["-icount", "shift=0,sleep=off"]);
     }
-    command.args(["-cpu", run.cpu, "-smp", &run.cpus.to_string(), "-m", "256"]);
-    command.args(["-no-reboot", "-nodefaults", "-display", "none", "-serial", "file:serial.txt"]);
+    command.args(["-cpu", run.cpu, "-smp", &run.cpus.to_string(), "-m", &run.memory.to_string()]);
+    command.args(["-no-reboot", "-nodefaults", "-display", "none"]);
+    let serial = if run.typed.is_some() { "stdio,signal=off" } else { "file,path=serial.txt" };
+    command.args(["-chardev", &format!("{serial},id=com1"), "-serial", "chardev:com1"]);
     command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4"]);
     // Where the L0 hypervisor prints: its guest has the serial port.
     command.args(["-chardev", "file,id=l0,path=l0.txt", "-device", "isa-debugcon,iobase=0xe9,chardev=l0"]);
@@ -97,9 +115,9 @@ pub fn qemu(run: &Run<'_>, accel: Accel) -> Result<Ended> {
         let names = run.modules.iter().map(|m| format!("{} {}", m.path.display(), m.args).replace(',', ",,"));
         command.args(["-initrd", &names.collect::<Vec<_>>().join(",")]);
     }
-    let (mut emulator, timed_out, time) = limited(&mut command, run)?;
-    emulator += &read(&run.directory.join("l0.txt"));
-    Ok(Ended { output: read(&run.directory.join("serial.txt")), emulator, timed_out, time })
+    let mut ended = limited(&mut command, run)?;
+    ended.emulator += &read(&run.directory.join("l0.txt"));
+    Ok(ended)
 }
 
 /// Boots the image on Bochs from a CD with GRUB.
@@ -130,9 +148,8 @@ pub fn bochs(run: &Run<'_>) -> Result<Ended> {
     fs::write(run.directory.join("continue"), "c\n")?;
     let mut command = Command::new("bochs");
     command.args(["-q", "-f", "bochsrc", "-rc", "continue"]).env("TERM", "dumb");
-    let (_, timed_out, time) = limited(&mut command, run)?;
-    let emulator = read(&run.directory.join("bochs.log"));
-    Ok(Ended { output: read(&run.directory.join("serial.txt")), emulator, timed_out, time })
+    let ended = limited(&mut command, run)?;
+    Ok(Ended { emulator: read(&run.directory.join("bochs.log")), ..ended })
 }
 
 fn make_cd(run: &Run<'_>) -> Result<()> {
@@ -157,31 +174,43 @@ fn make_cd(run: &Run<'_>) -> Result<()> {
 }
 
 /// Runs the emulator in its directory, killing it at the time limit.
-fn limited(command: &mut Command, run: &Run<'_>) -> Result<(String, bool, Duration)> {
-    let log = run.directory.join("emulator.txt");
+fn limited(command: &mut Command, run: &Run<'_>) -> Result<Ended> {
+    let (log, screen) = (run.directory.join("emulator.txt"), run.directory.join("serial.txt"));
     let file = File::create(&log)?;
     let name = command.get_program().to_string_lossy().into_owned();
-    let start = Instant::now();
+    let (start, mut pressed) = (Instant::now(), false);
+    // With somebody at the keyboard the serial port is the emulator's standard input and output.
+    let (stdin, stdout) = match run.typed {
+        Some(_) => (Stdio::piped(), File::create(&screen)?),
+        None => (Stdio::null(), file.try_clone()?),
+    };
     let mut child = command
         .current_dir(run.directory)
-        .stdin(Stdio::null())
-        .stdout(file.try_clone()?)
+        .stdin(stdin)
+        .stdout(stdout)
         .stderr(file)
         .spawn()
         .map_err(|e| format!("cannot run {name}: {e}"))?;
-    let timed_out = loop {
-        if child.try_wait()?.is_some() {
-            break false;
+    let (status, timed_out) = loop {
+        if let Some(status) = child.try_wait()? {
+            break (status.code(), false);
         }
         if start.elapsed() > run.timeout {
             // SIGKILL: Bochs does not end at SIGTERM.
             child.kill()?;
             child.wait()?;
-            break true;
+            break (None, true);
+        }
+        if let (Some(typed), Some(keyboard)) = (run.typed, &mut child.stdin)
+            && !pressed
+            && read(&screen).contains(typed.prompt)
+        {
+            keyboard.write_all(format!("{}\r", typed.line).as_bytes())?;
+            pressed = true;
         }
         std::thread::sleep(Duration::from_millis(5));
     };
-    Ok((read(&log), timed_out, start.elapsed()))
+    Ok(Ended { output: read(&screen), emulator: read(&log), status, timed_out, time: start.elapsed() })
 }
 
 fn read(path: &Path) -> String {
@@ -193,7 +222,13 @@ mod tests {
     use super::*;
 
     fn ended(output: &str) -> Ended {
-        Ended { output: output.into(), emulator: String::new(), timed_out: false, time: Duration::ZERO }
+        Ended {
+            output: output.into(),
+            emulator: String::new(),
+            status: Some(0),
+            timed_out: false,
+            time: Duration::ZERO,
+        }
     }
 
     #[test]

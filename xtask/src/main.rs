@@ -6,6 +6,8 @@
 mod bench;
 mod ctx;
 mod images;
+mod initrd;
+mod linux;
 mod machine;
 mod nested_bench;
 mod probe;

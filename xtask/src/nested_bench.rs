@@ -31,7 +31,9 @@ pub fn run(ctx: &Ctx, log: &mut Log, extension: Extension) -> Result<Vec<Count>>
         modules: &[Loaded { path: images.path("l1"), args: "bench=all".into() }],
         cpu: "max",
         cpus: 1,
+        memory: 256,
         icount: true,
+        typed: None,
         timeout: Duration::from_secs(120),
         directory: &directory,
     };

@@ -2,6 +2,7 @@
 
 use crate::ctx::{Ctx, Log, Result};
 use crate::images::{self, Freestanding, Images};
+use crate::linux::{self, Prepared};
 use crate::machine::{self, Accel, Ended, Loaded, Run};
 use crate::scenarios::{Content, Expect, Machine, SCENARIOS, Scenario};
 use crate::setup;
@@ -52,8 +53,9 @@ pub fn run(ctx: &Ctx, args: Args) -> Result<()> {
     if let Some(path) = &args.report {
         write_report(path, &results)?;
     }
-    let failed = results.iter().filter(|r| r.failure.is_some()).count();
-    println!("{} passed, {failed} failed", results.len() - failed);
+    let failed = results.iter().filter(|r| matches!(r.verdict, Verdict::Fail(_))).count();
+    let passed = results.iter().filter(|r| matches!(r.verdict, Verdict::Pass)).count();
+    println!("{passed} passed, {failed} failed");
     if failed == 0 { Ok(()) } else { Err("".into()) }
 }
 
@@ -71,7 +73,33 @@ pub struct RunResult {
     seconds: f64,
     exits: Option<u64>,
     l0_instructions: Option<u64>,
-    failure: Option<String>,
+    verdict: Verdict,
+}
+
+/// What came of a run.
+enum Verdict {
+    Pass,
+    /// It did not end as it must: what to show.
+    Fail(String),
+    /// It did not run: why.
+    Skip(String),
+}
+
+impl Verdict {
+    const fn word(&self) -> &'static str {
+        match self {
+            Verdict::Pass => "pass",
+            Verdict::Fail(_) => "fail",
+            Verdict::Skip(_) => "skip",
+        }
+    }
+}
+
+/// What scenarios are made of.
+struct Ingredients {
+    images: Images,
+    /// When a scenario needs it.
+    linux: Option<Prepared>,
 }
 
 /// For a stage of `cargo xtask test`: everything, or what the runtime itself needs, with the table in the log.
@@ -84,7 +112,7 @@ pub fn stage(ctx: &Ctx, log: &mut Log, freestanding: Freestanding) -> Result<Str
     for line in &lines {
         log.line(line)?;
     }
-    let failed = results.iter().filter(|r| r.failure.is_some()).count();
+    let failed = results.iter().filter(|r| matches!(r.verdict, Verdict::Fail(_))).count();
     match failed {
         0 => Ok(format!("{} runs", results.len())),
         _ => Err(format!("{failed} of {} runs failed", results.len()).into()),
@@ -106,15 +134,20 @@ fn run_scenarios(
         setup::need(ctx, setup::GRUB)?;
     }
     let target = images::choose(ctx, options.freestanding)?;
-    let images = images::build(ctx, log, target)?;
-    show(&format!("images for {:?}", images.target));
+    let linux = chosen.clone().any(|s| s.is_linux()).then(|| linux::prepare(ctx, log)).transpose()?;
+    let ingredients = Ingredients { images: images::build(ctx, log, target)?, linux };
+    show(&format!("images for {:?}", ingredients.images.target));
     show(&format!("{:<24} {:<20} {:<8} {:>8}", "scenario", "cpu", "result", "seconds"));
     let mut results = Vec::new();
     for scenario in chosen {
-        let result = run_one(ctx, options, &images, scenario)?;
-        let word = if result.failure.is_none() { "ok" } else { "FAILED" };
+        let result = run_one(ctx, options, &ingredients, scenario)?;
+        let (word, why) = match &result.verdict {
+            Verdict::Pass => ("ok", None),
+            Verdict::Fail(why) => ("FAILED", Some(why)),
+            Verdict::Skip(why) => ("skipped", Some(why)),
+        };
         show(&format!("{:<24} {:<20} {word:<8} {:>8.2}", scenario.name, scenario.machine.cpu(), result.seconds));
-        if let Some(why) = &result.failure {
+        if let Some(why) = why {
             show(why);
         }
         results.push(result);
@@ -122,7 +155,11 @@ fn run_scenarios(
     Ok(results)
 }
 
-fn run_one(ctx: &Ctx, options: &Options, images: &Images, scenario: &'static Scenario) -> Result<RunResult> {
+fn run_one(ctx: &Ctx, options: &Options, ingredients: &Ingredients, scenario: &'static Scenario) -> Result<RunResult> {
+    let (seconds, exits, l0_instructions) = (0.0, None, None);
+    if let (true, Some(Err(why))) = (scenario.is_linux(), &ingredients.linux) {
+        return Ok(RunResult { scenario, seconds, exits, l0_instructions, verdict: Verdict::Skip(format!("  {why}")) });
+    }
     let directory = ctx.work_dir(&format!("run/{}-{}", scenario.name, scenario.machine.cpu()))?;
     // What an earlier run left could pass for output of this one.
     fs::remove_dir_all(&directory)?;
@@ -130,12 +167,14 @@ fn run_one(ctx: &Ctx, options: &Options, images: &Images, scenario: &'static Sce
     let cpus = options.smp.unwrap_or(scenario.cpus);
     let args = with_cpus(scenario.args, cpus);
     let run = Run {
-        image: &images.path(scenario.image),
+        image: &ingredients.images.path(scenario.image),
         args: &args,
-        modules: &modules(images, scenario, cpus, &directory)?,
+        modules: &modules(ingredients, scenario, cpus, &directory)?,
         cpu: scenario.machine.cpu(),
         cpus,
+        memory: scenario.memory,
         icount: false,
+        typed: scenario.typed,
         timeout: Duration::from_secs(options.timeout.unwrap_or(scenario.timeout)),
         directory: &directory,
     };
@@ -148,7 +187,7 @@ fn run_one(ctx: &Ctx, options: &Options, images: &Images, scenario: &'static Sce
         seconds: ended.time.as_secs_f64(),
         exits: ended.stat("exits"),
         l0_instructions: ended.stat("l0_instructions"),
-        failure: verdict(scenario.expect, &ended).err(),
+        verdict: verdict(scenario.expect, cpus, &ended).map_or_else(Verdict::Fail, |()| Verdict::Pass),
     })
 }
 
@@ -157,15 +196,17 @@ fn with_cpus(args: &str, cpus: u32) -> String {
     if cpus > 1 { format!("{args} cpus={cpus}") } else { args.to_string() }
 }
 
-fn modules(images: &Images, scenario: &Scenario, cpus: u32, directory: &Path) -> Result<Vec<Loaded>> {
+fn modules(ingredients: &Ingredients, scenario: &Scenario, cpus: u32, directory: &Path) -> Result<Vec<Loaded>> {
     let mut loaded = Vec::new();
     for (i, module) in scenario.modules.iter().enumerate() {
         let mut args = module.args.to_string();
         let path = match module.content {
             Content::Image(name) => {
                 args = with_cpus(module.args, cpus);
-                images.path(name)
+                ingredients.images.path(name)
             }
+            Content::LinuxKernel => linux(ingredients)?.kernel.clone(),
+            Content::LinuxInitrd => linux(ingredients)?.initrd.clone(),
             Content::Text(text) => {
                 let path = directory.join(format!("module{i}"));
                 fs::write(&path, text)?;
@@ -177,15 +218,34 @@ fn modules(images: &Images, scenario: &Scenario, cpus: u32, directory: &Path) ->
     Ok(loaded)
 }
 
+fn linux(ingredients: &Ingredients) -> Result<&linux::Linux> {
+    let prepared = ingredients.linux.as_ref().and_then(|prepared| prepared.as_ref().ok());
+    prepared.ok_or_else(|| "no Linux was prepared".into())
+}
+
 /// The exit codes of the images' runtime.
 const SUCCESS: u32 = 16;
 const FAILURE: u32 = 17;
 
+/// What Linux prints when something is wrong with it, or with the machine.
+const WARNINGS: &[&str] = &[
+    "WARNING: ",
+    "BUG: ",
+    "Oops: ",
+    "general protection",
+    "Call Trace:",
+    "Kernel panic",
+    "rcu: INFO:",
+    "soft lockup",
+    "unchecked MSR",
+];
+
 /// `Err` with what to show when the run did not end as it must.
-fn verdict(expect: Expect, ended: &Ended) -> std::result::Result<(), String> {
+fn verdict(expect: Expect, cpus: u32, ended: &Ended) -> std::result::Result<(), String> {
     let wanted = match expect {
         Expect::Success => ended.exit() == Some(SUCCESS),
         Expect::Failure(text) => ended.exit() == Some(FAILURE) && ended.output.contains(text),
+        Expect::PowerOff(says) => power_off(says, cpus, ended),
     };
     if wanted && !ended.timed_out {
         return Ok(());
@@ -193,6 +253,7 @@ fn verdict(expect: Expect, ended: &Ended) -> std::result::Result<(), String> {
     let how = match (ended.timed_out, ended.exit()) {
         (true, _) => "it ran out of time".to_string(),
         (false, Some(code)) => format!("it ended with code {code}"),
+        (false, None) if ended.status != Some(0) => format!("the emulator ended with status {:?}", ended.status),
         (false, None) => "it ended without a verdict".to_string(),
     };
     Err(format!(
@@ -200,6 +261,14 @@ fn verdict(expect: Expect, ended: &Ended) -> std::result::Result<(), String> {
         tail(&ended.output, 40),
         tail(&ended.emulator, 10)
     ))
+}
+
+/// True when the machine powered off, Linux printed all that it must, and nothing that it must not.
+fn power_off(says: &[&str], cpus: u32, ended: &Ended) -> bool {
+    let cpus = cpus.to_string();
+    let said = |text: &&str| ended.output.contains(&text.replace("{cpus}", &cpus));
+    let all = says.iter().chain(&["reboot: Power down"]).all(said);
+    all && ended.status == Some(0) && !WARNINGS.iter().any(|text| ended.output.contains(text))
 }
 
 fn tail(text: &str, lines: usize) -> String {
@@ -224,7 +293,7 @@ fn write_report(path: &Path, results: &[RunResult]) -> Result<()> {
         let line = ReportLine {
             cpu: r.scenario.machine.cpu(),
             scenario: r.scenario.name,
-            result: if r.failure.is_none() { "pass" } else { "fail" },
+            result: r.verdict.word(),
             seconds: (r.seconds * 1000.0).round() / 1000.0,
             exits: r.exits,
             l0_instructions: r.l0_instructions,
@@ -239,22 +308,33 @@ mod tests {
     use super::*;
 
     fn ended(output: &str, timed_out: bool) -> Ended {
-        Ended { output: output.into(), emulator: String::new(), timed_out, time: Duration::ZERO }
+        Ended { output: output.into(), emulator: String::new(), status: Some(0), timed_out, time: Duration::ZERO }
     }
 
     #[test]
     fn success_needs_the_verdict_in_time() {
-        assert!(verdict(Expect::Success, &ended("[exit 16]\n", false)).is_ok());
-        assert!(verdict(Expect::Success, &ended("[exit 16]\n", true)).is_err());
-        assert!(verdict(Expect::Success, &ended("[exit 17]\n", false)).is_err());
-        assert!(verdict(Expect::Success, &ended("", false)).is_err());
+        assert!(verdict(Expect::Success, 2, &ended("[exit 16]\n", false)).is_ok());
+        assert!(verdict(Expect::Success, 2, &ended("[exit 16]\n", true)).is_err());
+        assert!(verdict(Expect::Success, 2, &ended("[exit 17]\n", false)).is_err());
+        assert!(verdict(Expect::Success, 2, &ended("", false)).is_err());
+    }
+
+    #[test]
+    fn linux_must_say_everything_and_warn_of_nothing() {
+        let expect = Expect::PowerOff(&["shell", "on {cpus}\n"]);
+        assert!(verdict(expect, 2, &ended("shell\non 2\nreboot: Power down\n", false)).is_ok());
+        assert!(verdict(expect, 2, &ended("shell\non 1\nreboot: Power down\n", false)).is_err());
+        assert!(verdict(expect, 2, &ended("reboot: Power down\n", false)).is_err());
+        assert!(verdict(expect, 2, &ended("WARNING: CPU\nshell\non 2\nreboot: Power down\n", false)).is_err());
+        let given_up = Ended { status: Some(125), ..ended("shell\non 2\nreboot: Power down\n", false) };
+        assert!(verdict(expect, 2, &given_up).is_err());
     }
 
     #[test]
     fn a_control_must_fail_for_its_own_reason() {
         let expect = Expect::Failure("boom");
-        assert!(verdict(expect, &ended("boom\n[exit 17]\n", false)).is_ok());
-        assert!(verdict(expect, &ended("bang\n[exit 17]\n", false)).is_err());
-        assert!(verdict(expect, &ended("boom\n[exit 16]\n", false)).is_err());
+        assert!(verdict(expect, 2, &ended("boom\n[exit 17]\n", false)).is_ok());
+        assert!(verdict(expect, 2, &ended("bang\n[exit 17]\n", false)).is_err());
+        assert!(verdict(expect, 2, &ended("boom\n[exit 16]\n", false)).is_err());
     }
 }

@@ -1,5 +1,7 @@
 //! The list of what runs on emulated machines: a line of [`SCENARIOS`] each.
 
+use crate::machine::Typed;
+
 /// An emulator and the processor it emulates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Machine {
@@ -34,6 +36,10 @@ pub enum Content {
     Text(&'static str),
     /// Another image of `examples/`; `cpus=N` is added to its command line when there are several processors.
     Image(&'static str),
+    /// The Debian kernel.
+    LinuxKernel,
+    /// The initial RAM disk for it.
+    LinuxInitrd,
 }
 
 /// How a run must end.
@@ -43,6 +49,9 @@ pub enum Expect {
     Success,
     /// The image reports failure, after printing this: the control of a check.
     Failure(&'static str),
+    /// The machine powers off after all of this was printed (`{cpus}` is the number of processors), and no warning of
+    /// Linux was.
+    PowerOff(&'static [&'static str]),
 }
 
 /// One run of one image.
@@ -60,10 +69,21 @@ pub struct Scenario {
     pub modules: &'static [Module],
     /// Processors, unless `--smp` says otherwise.
     pub cpus: u32,
+    /// Memory in MiB.
+    pub memory: u32,
+    /// What is typed at the serial port.
+    pub typed: Option<Typed>,
     /// How it must end.
     pub expect: Expect,
     /// Seconds after which it has failed, unless `--timeout` says otherwise.
     pub timeout: u64,
+}
+
+impl Scenario {
+    /// True when it needs Debian's packages.
+    pub fn is_linux(&self) -> bool {
+        self.modules.iter().any(|m| matches!(m.content, Content::LinuxKernel | Content::LinuxInitrd))
+    }
 }
 
 /// What most scenarios have.
@@ -74,6 +94,8 @@ const BASE: Scenario = Scenario {
     args: "",
     modules: &[],
     cpus: 1,
+    memory: 256,
+    typed: None,
     expect: Expect::Success,
     timeout: 30,
 };
@@ -88,6 +110,16 @@ const TWO_FILES: &[Module] = &[
 const SMALL_L1: &[Module] = &[Module { content: Content::Image("l1"), args: "scenario=all" }];
 
 const RUNTIME_AS_L1: &[Module] = &[Module { content: Content::Image("selftest"), args: "test=boot" }];
+
+/// Debian's Linux as L1, up to a shell at the serial port, where somebody types how to end it.
+const LINUX: Scenario = Scenario { image: "l0", memory: 512, timeout: 120, ..BASE };
+
+const LINUX_SHELL: &[Module] = &[
+    Module { content: Content::LinuxKernel, args: "console=ttyS0 panic=-1 l1=shell" },
+    Module { content: Content::LinuxInitrd, args: "" },
+];
+
+const POWER_OFF: Typed = Typed { prompt: "\nl1# ", line: "poweroff -f" };
 
 /// All scenarios, in the order in which they run.
 #[rustfmt::skip]
@@ -111,5 +143,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "svm-nested", image: "l0", modules: SMALL_L1, ..BASE },
     Scenario { name: "svm-nested-4-processors", image: "l0", modules: SMALL_L1, cpus: 4, ..BASE },
     Scenario { name: "svm-nested", image: "l0", modules: SMALL_L1, machine: Machine::Qemu("EPYC-Rome,+svm"), ..BASE },
+    // A kernel that nobody here wrote.
+    Scenario { name: "linux-shell", modules: LINUX_SHELL, cpus: 2, typed: Some(POWER_OFF), expect: Expect::PowerOff(&["init: Linux 6.", " on {cpus} processors: shell", "l1# "]), ..LINUX },
     Scenario { name: "panic", args: "test=panic", expect: Expect::Failure("as asked"), ..BASE },
 ];

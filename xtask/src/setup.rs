@@ -94,6 +94,11 @@ fn is_root() -> bool {
     id.is_ok_and(|out| out.stdout.trim_ascii() == b"0")
 }
 
+/// Runs `apt-get update`, unless this run has done so.
+pub fn refresh_package_lists() -> Result<()> {
+    apt_update(if is_root() { "" } else { "sudo " })
+}
+
 fn apt_update(sudo: &str) -> Result<()> {
     // Once per run of xtask. Relaxed: one thread does the set-up, and running it twice would do no harm.
     static DONE: AtomicBool = AtomicBool::new(false);

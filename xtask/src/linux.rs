@@ -1,0 +1,208 @@
+//! Linux as L1: a Debian kernel and an initial RAM disk made of Debian packages and of `examples/linux`.
+//!
+//! Packages are named and pinned in `examples/linux/packages.txt`. They are downloaded and unpacked below
+//! `target/linux`, once per version; nothing is installed into the system.
+
+use crate::ctx::{Ctx, Log, Result};
+use crate::initrd::Archive;
+use crate::setup;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const PACKAGES: &str = "examples/linux/packages.txt";
+/// Modules of KVM, in the order in which they are loaded.
+const MODULES: &[&str] = &["irqbypass", "kvm", "kvm-amd"];
+
+/// What a Linux L1 boots.
+pub struct Linux {
+    /// The kernel: a bzImage.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    pub initrd: PathBuf,
+}
+
+/// `Ok(Err(reason))` where the packages do not exist.
+pub type Prepared = std::result::Result<Linux, String>;
+
+/// One line of the list of packages.
+#[derive(Debug, PartialEq, Eq)]
+struct Pin<'a> {
+    package: &'a str,
+    version: &'a str,
+    series: Option<&'a str>,
+}
+
+/// A package that has been unpacked.
+struct Unpacked {
+    package: String,
+    root: PathBuf,
+}
+
+/// Downloads and unpacks what is missing, and makes the initial RAM disk.
+pub fn prepare(ctx: &Ctx, log: &mut Log) -> Result<Prepared> {
+    let list = fs::read_to_string(ctx.root.join(PACKAGES))?;
+    let mut unpacked = Vec::new();
+    for pin in pins(&list) {
+        match unpack(ctx, log, &pin)? {
+            Ok(package) => unpacked.push(package),
+            Err(reason) => return Ok(Err(reason)),
+        }
+    }
+    let root = |name: &str| {
+        let found = unpacked.iter().find(|u| u.package.starts_with(name));
+        found.ok_or_else(|| format!("{PACKAGES} names no package {name}"))
+    };
+    let kernel = root("linux-image-")?;
+    let release = kernel.package.trim_start_matches("linux-image-");
+    let mut archive = Archive::default();
+    archive.copy("init", &ctx.root.join("examples/linux/init"))?;
+    archive.copy("bin/busybox", &root("busybox-static")?.root.join("bin/busybox"))?;
+    for module in MODULES {
+        let path = find(&kernel.root.join("lib/modules").join(release), &format!("{module}.ko"))?;
+        archive.copy(&format!("lib/modules/{module}.ko"), &path)?;
+    }
+    let initrd = directory(ctx)?.join("initrd.cpio");
+    fs::write(&initrd, archive.finish())?;
+    Ok(Ok(Linux { kernel: kernel.root.join(format!("boot/vmlinuz-{release}")), initrd }))
+}
+
+/// `target/linux`, created.
+fn directory(ctx: &Ctx) -> Result<PathBuf> {
+    let path = ctx.root.join("target/linux");
+    fs::create_dir_all(&path)?;
+    Ok(path)
+}
+
+fn pins(list: &str) -> impl Iterator<Item = Pin<'_>> {
+    list.lines().filter(|line| !line.starts_with('#')).filter_map(|line| {
+        let mut words = line.split_ascii_whitespace();
+        Some(Pin { package: words.next()?, version: words.next()?, series: words.next() })
+    })
+}
+
+/// Gets the pinned version, or else the newest.
+fn unpack(ctx: &Ctx, log: &mut Log, pin: &Pin<'_>) -> Result<std::result::Result<Unpacked, String>> {
+    let have = |package: &str, version: &str| -> Result<Option<Unpacked>> {
+        let root = directory(ctx)?.join(format!("{package}_{version}"));
+        Ok(root.is_dir().then(|| Unpacked { package: package.to_string(), root }))
+    };
+    if let Some(unpacked) = have(pin.package, pin.version)? {
+        return Ok(Ok(unpacked));
+    }
+    let absent = |tool: &str| Ok(Err(format!("no Debian package {}: there is no {tool}", pin.package)));
+    for tool in ["apt-get", "apt-cache", "dpkg-deb"] {
+        if !setup::on_path(tool) {
+            return absent(tool);
+        }
+    }
+    if !offered(pin.package, pin.version) && !ctx.no_install {
+        setup::refresh_package_lists()?;
+    }
+    let (package, version) = if offered(pin.package, pin.version) {
+        (pin.package.to_string(), pin.version.to_string())
+    } else {
+        match newest(pin) {
+            Some(found) => found,
+            None => return Ok(Err(format!("no Debian package {} (apt-cache does not know it)", pin.package))),
+        }
+    };
+    if let Some(unpacked) = have(&package, &version)? {
+        return Ok(Ok(unpacked));
+    }
+    download(ctx, log, &package, &version)?;
+    let unpacked = have(&package, &version)?;
+    Ok(Ok(unpacked.ok_or_else(|| format!("{package} {version} was not unpacked"))?))
+}
+
+/// Downloads and unpacks into a directory that gets its name when it is whole.
+fn download(ctx: &Ctx, log: &mut Log, package: &str, version: &str) -> Result<()> {
+    println!("set-up: downloading {package} {version}");
+    let parent = directory(ctx)?;
+    let temporary = parent.join(format!("{package}.part"));
+    let _ = fs::remove_dir_all(&temporary);
+    let (debs, root) = (temporary.join("deb"), temporary.join("root"));
+    fs::create_dir_all(&debs)?;
+    // As root, apt-get would hand the download to a user who may not write here.
+    let options = ["-qq", "-o", "APT::Sandbox::User=root", "download"];
+    let mut command = Command::new("apt-get");
+    log.run({
+        command.current_dir(&debs).args(options).arg(format!("{package}={version}"));
+        command
+    })?;
+    let deb = fs::read_dir(&debs)?.next().ok_or_else(|| format!("apt-get left no file of {package}"))??.path();
+    let mut command = Command::new("dpkg-deb");
+    command.arg("-x").arg(&deb).arg(&root);
+    log.run(command)?;
+    fs::rename(&root, parent.join(format!("{package}_{version}")))?;
+    fs::remove_dir_all(&temporary)?;
+    Ok(())
+}
+
+/// True when this version can be downloaded.
+fn offered(package: &str, version: &str) -> bool {
+    apt_cache(&["show", "--no-all-versions", &format!("{package}={version}")]).is_some()
+}
+
+/// The newest version, of the package that the series depends on when there is one.
+fn newest(pin: &Pin<'_>) -> Option<(String, String)> {
+    let package = match pin.series {
+        None => pin.package.to_string(),
+        Some(series) => first_dependency(&apt_cache(&["depends", series])?)?,
+    };
+    let version = candidate(&apt_cache(&["policy", &package])?)?;
+    Some((package, version))
+}
+
+fn first_dependency(depends: &str) -> Option<String> {
+    depends.lines().find_map(|line| Some(line.trim().strip_prefix("Depends: ")?.to_string()))
+}
+
+fn candidate(policy: &str) -> Option<String> {
+    let version = policy.lines().find_map(|line| line.trim().strip_prefix("Candidate: "))?;
+    (version != "(none)").then(|| version.to_string())
+}
+
+/// What apt-cache prints, when it succeeds and prints something.
+fn apt_cache(args: &[&str]) -> Option<String> {
+    let out = Command::new("apt-cache").args(args).env("LC_ALL", "C").output().ok()?;
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    (out.status.success() && !text.trim().is_empty()).then_some(text)
+}
+
+/// The file `name` somewhere below `directory`.
+fn find(directory: &Path, name: &str) -> Result<PathBuf> {
+    let mut left = vec![directory.to_path_buf()];
+    while let Some(next) = left.pop() {
+        let entries = fs::read_dir(&next).map_err(|e| format!("cannot read {}: {e}", next.display()))?;
+        for entry in entries {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                left.push(entry.path());
+            } else if entry.file_name() == name {
+                return Ok(entry.path());
+            }
+        }
+    }
+    Err(format!("no {name} below {}", directory.display()).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pins_have_a_version_and_maybe_a_series() {
+        let found: Vec<_> = pins("# a comment\nkernel 6.1 series\n\nbusybox 1:2\n").collect();
+        let kernel = Pin { package: "kernel", version: "6.1", series: Some("series") };
+        assert_eq!(found, [kernel, Pin { package: "busybox", version: "1:2", series: None }]);
+    }
+
+    #[test]
+    fn apt_cache_is_understood() {
+        let depends = "linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-56-cloud-amd64\n  Suggests: x\n";
+        assert_eq!(first_dependency(depends).as_deref(), Some("linux-image-6.1.0-56-cloud-amd64"));
+        assert_eq!(candidate("a:\n  Installed: (none)\n  Candidate: 1:2-3\n").as_deref(), Some("1:2-3"));
+        assert_eq!(candidate("a:\n  Installed: (none)\n  Candidate: (none)\n"), None);
+    }
+}
