@@ -58,10 +58,11 @@ pub(crate) struct Events {
     shutdown: bool,
     /// The V_IRQ of the VMCB in use is a window of the library's own.
     window: bool,
+    /// Whether anything above wants attention before an entry: kept so that most entries test one byte.
+    active: bool,
 }
 
 impl Events {
-    #[inline]
     const fn any(&self) -> bool {
         self.nmi || self.init || self.interrupt.is_some() || self.watches_iret() || self.shutdown
     }
@@ -74,7 +75,7 @@ impl Events {
     /// From the parts of a saved state.
     pub(crate) const fn from_parts(nmi: bool, init: bool, interrupt: Option<u8>, blocked: bool) -> Self {
         let blocking = if blocked { Blocking::On } else { Blocking::Off };
-        Self { nmi, init, interrupt, blocking, step: None, iret01: false, shutdown: false, window: false }
+        Self { nmi, init, interrupt, blocking, step: None, iret01: false, shutdown: false, window: false, active: true }
     }
 
     const fn watches_iret(&self) -> bool {
@@ -104,12 +105,14 @@ impl NestedSvm {
     #[inline]
     pub const fn pend_nmi(&mut self) {
         self.events.nmi = true;
+        self.events.active = true;
     }
 
     /// An INIT for L1. Held while GIF is clear; makes an L2 exit if L1 intercepts it.
     #[inline]
     pub const fn pend_init(&mut self) {
         self.events.init = true;
+        self.events.active = true;
     }
 
     /// Interrupt `vector` for L1, or `None` to withdraw it. For embedders that intercept physical interrupts; it
@@ -118,6 +121,7 @@ impl NestedSvm {
     #[inline]
     pub const fn pend_interrupt(&mut self, vector: Option<u8>) {
         self.events.interrupt = vector;
+        self.events.active = true;
     }
 
     /// The interrupt that still waits; `None` once it was injected.
@@ -141,10 +145,11 @@ impl NestedSvm {
         &mut self,
         m: &mut Machine<'_, G, M, C>,
     ) -> Delivery {
-        if !self.events.any() {
+        if !self.events.active {
             return Delivery::Run { soon: false };
         }
         let delivery = self.deliver_pending(m);
+        self.events.active = self.events.any();
         if self.events.watches_iret() {
             self.events.iret01 |= self.level == Level::L1;
             current(self.level, m).control.intercepts.misc1 |= misc1::IRET;
@@ -184,7 +189,7 @@ impl NestedSvm {
         &mut self,
         m: &mut Machine<'_, G, M, C>,
     ) -> Level {
-        if self.events.any() && self.exit_for_event(m).is_err() {
+        if self.events.active && self.exit_for_event(m).is_err() {
             self.events.shutdown = true;
         }
         self.level

@@ -88,6 +88,24 @@ pub enum Kind {
     Invlpga,
 }
 
+impl Kind {
+    /// The instruction's bytes without a prefix, from the low byte up, and how many; for those that have no operand.
+    pub(crate) const fn plain(self) -> Option<(u32, u8)> {
+        Some(match self {
+            Self::Cpuid => (0xA2_0F, 2),
+            Self::Rdmsr => (0x32_0F, 2),
+            Self::Wrmsr => (0x30_0F, 2),
+            Self::Vmrun => (0xD8_01_0F, 3),
+            Self::Vmmcall => (0xD9_01_0F, 3),
+            Self::Vmload => (0xDA_01_0F, 3),
+            Self::Vmsave => (0xDB_01_0F, 3),
+            Self::Stgi => (0xDC_01_0F, 3),
+            Self::Clgi => (0xDD_01_0F, 3),
+            _ => return None,
+        })
+    }
+}
+
 /// The prefixes before an opcode.
 #[derive(Clone, Copy, Default)]
 struct Prefixes {
@@ -96,17 +114,7 @@ struct Prefixes {
 }
 
 /// Recognises the instruction at the start of `bytes`; `None` when it is another, cut short or longer than 15 bytes.
-#[inline]
 pub fn decode(bytes: &[u8], mode: Mode) -> Option<Insn> {
-    match bytes {
-        // The usual cases without a prefix.
-        [0x0F, 0xA2, ..] => Some(Insn { len: 2, address_size: false, kind: Kind::Cpuid }),
-        [0x0F, 0x01, modrm @ 0xD8..=0xDF, ..] => Some(Insn { len: 3, address_size: false, kind: group7_reg(*modrm)? }),
-        _ => decode_any(bytes, mode),
-    }
-}
-
-fn decode_any(bytes: &[u8], mode: Mode) -> Option<Insn> {
     let bytes = bytes.get(..bytes.len().min(15))?;
     let mut prefixes = Prefixes::default();
     let mut at = 0usize;

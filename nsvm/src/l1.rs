@@ -68,6 +68,23 @@ pub(crate) fn step<C: Code + ?Sized>(code: &C, level: Level, vmcb: &Vmcb, kind: 
     }
     let mut bytes = [0; 15];
     let got = code.fetch(level, vmcb, &mut bytes);
+    let wide = vmcb.in_64bit_code();
+    if let (Some((plain, len)), [a, b, c, ..]) = (kind.plain(), bytes)
+        && got >= bytes.len()
+    {
+        // The usual case. Two bytes are compared as two, three as three.
+        let head = u32::from_le_bytes([a, b, c, 0]) & if len == 2 { 0xFFFF } else { 0xFF_FFFF };
+        if head == plain {
+            let next_rip = rip.wrapping_add(u64::from(len));
+            let next_rip = if wide { next_rip } else { next_rip & 0xFFFF_FFFF };
+            return Some(Stepped { next_rip, address_size: false });
+        }
+    }
+    step_any(vmcb, bytes.get(..got.min(15)).unwrap_or_default(), kind)
+}
+
+#[cold]
+fn step_any(vmcb: &Vmcb, bytes: &[u8], kind: Kind) -> Option<Stepped> {
     let mode = if vmcb.in_64bit_code() {
         Mode::Bits64
     } else if vmcb.save.cs.attrib & seg::DB != 0 && vmcb.save.cr0 & cr0::PE != 0 {
@@ -75,8 +92,8 @@ pub(crate) fn step<C: Code + ?Sized>(code: &C, level: Level, vmcb: &Vmcb, kind: 
     } else {
         Mode::Bits16
     };
-    let insn = insn::decode(bytes.get(..got.min(15)).unwrap_or_default(), mode).filter(|insn| insn.kind == kind)?;
-    let mut next_rip = rip.wrapping_add(u64::from(insn.len));
+    let insn = insn::decode(bytes, mode).filter(|insn| insn.kind == kind)?;
+    let mut next_rip = vmcb.save.rip.wrapping_add(u64::from(insn.len));
     if mode != Mode::Bits64 {
         next_rip &= 0xFFFF_FFFF;
     }

@@ -5,14 +5,14 @@
 
 use hvcore::addr::{L1Gpa, Level};
 use hvcore::memory::{GuestMemory, MemoryError};
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use crate::caps::{Config, Features};
 use crate::check::{self, Refusal};
 use crate::machine::Machine;
 use crate::state::{Context, NestedSvm};
 use crate::vmcb::bits::{Event, Intercepts, clean, cr4, int_ctl, int_state, misc1, misc2, np, rflags, tlb, virt_ext};
-use crate::vmcb::{Control, ENLIGHTENED_VMCB_OFFSET, EnlightenedVmcbFields, SAVE_OFFSET, Save, Vmcb};
+use crate::vmcb::{Control, ENLIGHTENED_VMCB_OFFSET, EnlightenedVmcbFields, SAVE_OFFSET, Save, Segment, Vmcb};
 
 /// What L1's TLB_CONTROL asks of the translations that derive from L1's nested page tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +52,35 @@ pub(crate) fn part<const FROM: usize, const TO: usize>(save: &mut Save) -> &mut 
     save.as_mut_bytes().get_mut(FROM.wrapping_sub(0x400)..TO.wrapping_sub(0x400)).unwrap_or_default()
 }
 
+/// The bytes of the VMCB from its enlightened fields to IDTR.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Neighbours {
+    enlightenments: EnlightenedVmcbFields,
+    descriptors: Descriptors,
+}
+
+/// Offsets 0x400 to 0x48F.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Descriptors {
+    es: Segment,
+    cs: Segment,
+    ss: Segment,
+    ds: Segment,
+    fs_gs: [Segment; 2],
+    gdtr: Segment,
+    ldtr: Segment,
+    idtr: Segment,
+}
+
+impl Descriptors {
+    fn store(&self, save: &mut Save) {
+        (save.es, save.cs, save.ss, save.ds) = (self.es, self.cs, self.ss, self.ds);
+        (save.gdtr, save.idtr) = (self.gdtr, self.idtr);
+    }
+}
+
 #[inline(always)]
 fn read_part<const FROM: usize, const TO: usize, M: GuestMemory + ?Sized>(
     memory: &M,
@@ -89,9 +118,11 @@ impl NestedSvm {
     ) -> Result<Invalidate, Failure> {
         // Until all is checked the copies are of nothing.
         let known = self.vmcb12.take() == Some(gpa);
-        let unchanged = self.copy_in(m.memory, gpa, known)?;
+        let mut enlightenments = EnlightenedVmcbFields::default();
+        let unchanged = self.copy_in(m.memory, gpa, known, &mut enlightenments)?;
         check::control(&self.config, &self.control, &self.memory_save, m.vmcb01.save.cr0)?;
         check::save(&self.config, &self.memory_save)?;
+        self.enlightenments = enlightenments;
         self.vmcb12 = Some(gpa);
         self.memory_stale = false;
         let invalidate = self.switch_context();
@@ -104,23 +135,40 @@ impl NestedSvm {
     }
 
     /// Copies what L1 wrote. The clean bits that count: those of L1 if the same VMCB was entered last, else none.
-    fn copy_in<M: GuestMemory + ?Sized>(&mut self, memory: &M, gpa: u64, known: bool) -> Result<u32, MemoryError> {
+    ///
+    /// The enlightened fields go to `hv`: the old ones name the context that is retained, should VMRUN be refused.
+    fn copy_in<M: GuestMemory + ?Sized>(
+        &mut self,
+        memory: &M,
+        gpa: u64,
+        known: bool,
+        hv: &mut EnlightenedVmcbFields,
+    ) -> Result<u32, MemoryError> {
         let head = self.control.as_mut_bytes().get_mut(..0xC8).unwrap_or_default();
         memory.read(L1Gpa::new(gpa), head)?;
         let unchanged = if known && self.config.offered.has(Features::VMCB_CLEAN) { self.control.clean } else { 0 };
         sanitize(&self.config, &mut self.control);
-        if self.config.enlightened {
-            // VM_ID, VP_ID and the assist address are read at every entry, whatever clean bit 31 says: Linux writes
-            // its VP_ID after the first run and leaves the bit set.
-            let hv = self.enlightenments.as_mut_bytes().get_mut(..24).unwrap_or_default();
-            memory.read(L1Gpa::new(gpa.wrapping_add(ENLIGHTENED_VMCB_OFFSET)), hv)?;
-        }
         let save = &mut self.memory_save;
-        if unchanged & clean::SEG == 0 {
-            read_part::<0x400, 0x440, M>(memory, gpa, save)?;
-        }
-        if unchanged & clean::DT == 0 {
-            read_part::<0x460, 0x490, M>(memory, gpa, save)?;
+        let descriptors = clean::SEG | clean::DT;
+        if self.config.enlightened && unchanged & descriptors == 0 {
+            // They are neighbours: one access.
+            let mut both = Neighbours::new_zeroed();
+            memory.read(L1Gpa::new(gpa.wrapping_add(ENLIGHTENED_VMCB_OFFSET)), both.as_mut_bytes())?;
+            *hv = both.enlightenments;
+            both.descriptors.store(save);
+        } else {
+            if self.config.enlightened {
+                // VM_ID, VP_ID and the assist address are read at every entry, whatever clean bit 31 says: Linux
+                // writes its VP_ID after the first run and leaves the bit set.
+                let hv = hv.as_mut_bytes().get_mut(..24).unwrap_or_default();
+                memory.read(L1Gpa::new(gpa.wrapping_add(ENLIGHTENED_VMCB_OFFSET)), hv)?;
+            }
+            if unchanged & clean::SEG == 0 {
+                read_part::<0x400, 0x440, M>(memory, gpa, save)?;
+            }
+            if unchanged & clean::DT == 0 {
+                read_part::<0x460, 0x490, M>(memory, gpa, save)?;
+            }
         }
         if unchanged & (clean::SEG | clean::CRX) != clean::SEG | clean::CRX {
             read_part::<0x4C8, 0x4D8, M>(memory, gpa, save)?;
@@ -142,7 +190,7 @@ impl NestedSvm {
     /// Retires the L2 tag if it stands for another context or L1 asks for a flush.
     fn switch_context(&mut self) -> Invalidate {
         let control = &self.control;
-        let hv = if self.config.enlightened { self.enlightenments } else { EnlightenedVmcbFields::default() };
+        let hv = &self.enlightenments;
         let context = Context {
             asid: control.asid,
             n_cr3: (control.np_control & np::ENABLE != 0).then_some(control.n_cr3),
@@ -253,9 +301,8 @@ impl NestedSvm {
         if control.intercepts.misc1 & misc1::MSR_PROT != 0 {
             to.msrpm_base = m.msrpm02.base.raw();
             // The enlightened bitmap's clean bit covers the contents; the VMCB's own covers only the address.
-            let kept = self.enlightenments.enlightenments_control.msr_bitmap()
-                && self.config.enlightened
-                && unchanged & clean::ENLIGHTENMENTS != 0;
+            let kept =
+                self.enlightenments.enlightenments_control.msr_bitmap() && unchanged & clean::ENLIGHTENMENTS != 0;
             if !kept {
                 self.msr_words.refresh(m.msrpm02.words, m.msrpm01, m.memory, control.msrpm_base & !0xFFF);
             }

@@ -285,3 +285,17 @@ fn permission_maps_are_l1s_only_if_l1_asks() {
     rig.enter();
     assert_eq!((rig.vmcb02.control.msrpm_base, rig.vmcb02.control.iopm_base), (MSRPM02, IOPM02));
 }
+
+#[test]
+fn a_refused_vmrun_leaves_the_retained_context_named() {
+    let mut rig = Rig::ready();
+    rig.vmcb12.control.intercepts.misc1 = misc1::HLT;
+    rig.vmcb12.enlightenments.vm_id = 5;
+    rig.enter();
+    rig.prepare();
+    rig.l2_to_l1(exit_code::HLT);
+    rig.vmcb12.enlightenments.vm_id = 6;
+    rig.vmcb12.control.asid = 0;
+    assert_eq!(rig.vmrun(), L1Exit::Resume);
+    assert_eq!((rig.nested.enlightenments().vm_id, rig.nested.context().vm_id), (5, 5));
+}
