@@ -12,15 +12,14 @@ use crate::debug;
 use crate::fatal::Failure;
 use crate::hyperv;
 use crate::mmio;
-use crate::nested::{self, Fetch};
+use crate::nested;
 use crate::npt01::Kind as Page;
-use crate::vp::{Vp, machine};
+use crate::vp::Vp;
 
 /// Carries out the exit that VMCB01 tells.
 #[inline]
 pub fn l1(vp: &mut Vp) -> Result<(), Failure> {
-    let fetch = Fetch { memory: &vp.shared.memory, walk: None };
-    match vp.nested.l1_exit(&mut machine!(vp, fetch)) {
+    match vp.nested.l1_exit(&mut vp.m) {
         L1Exit::Resume => Ok(()),
         L1Exit::EnterL2(invalidate) => {
             nested::enter_l2(vp, invalidate);
@@ -28,6 +27,10 @@ pub fn l1(vp: &mut Vp) -> Result<(), Failure> {
         }
         L1Exit::InvalidateAsid { asid } => {
             vp.shadow.flush_asid(asid);
+            Ok(())
+        }
+        L1Exit::NotMine if vp.m.vmcb01.control.exit_code == code::CPUID => {
+            cpuid_exit(vp);
             Ok(())
         }
         L1Exit::NotMine => shared(vp),
@@ -66,45 +69,40 @@ pub fn shared(vp: &mut Vp) -> Result<(), Failure> {
 /// Raises an exception in the level that runs.
 pub fn raise(vp: &mut Vp, fault: Fault) {
     if vp.nested.level() == Level::L1 {
-        vp.pages.vmcb01.inject_exception(fault.vector, fault.error_code);
+        vp.m.vmcb01.inject_exception(fault.vector, fault.error_code);
         return;
     }
-    let fetch = Fetch { memory: &vp.shared.memory, walk: None };
     // If L1's VMCB is gone, the next exit finds that out.
-    let _ = vp.nested.raise_in_l2(&mut machine!(vp, fetch), fault);
+    let _ = vp.nested.raise_in_l2(&mut vp.m, fault);
 }
 
 /// Moves the guest past the instruction `kind` that exited; `false` when it is another one by now.
 #[inline]
 pub fn step_over(vp: &mut Vp, kind: Kind) -> bool {
-    let fetch = match vp.nested.level() {
-        Level::L1 => Fetch { memory: &vp.shared.memory, walk: None },
-        Level::L2 => nested::l2_fetch(vp),
-    };
-    vp.nested.step_over(&mut machine!(vp, fetch), kind)
+    vp.nested.step_over(&mut vp.m, kind)
 }
 
 fn cpuid_exit(vp: &mut Vp) {
     if !step_over(vp, Kind::Cpuid) {
         return;
     }
-    let subleaf = vp.gprs.rcx as u32;
+    let subleaf = vp.m.gprs.rcx as u32;
     let shared = vp.shared;
     let v = vp.vmcb();
     let r = cpuid::answer(v.save.rax as u32, subleaf, v.save.cr4, shared);
     v.save.rax = u64::from(r.eax);
-    vp.gprs.rbx = u64::from(r.ebx);
-    vp.gprs.rcx = u64::from(r.ecx);
-    vp.gprs.rdx = u64::from(r.edx);
+    vp.m.gprs.rbx = u64::from(r.ebx);
+    vp.m.gprs.rcx = u64::from(r.ecx);
+    vp.m.gprs.rdx = u64::from(r.edx);
 }
 
 fn msr_exit(vp: &mut Vp) {
-    let number = vp.gprs.rcx as u32;
+    let number = vp.m.gprs.rcx as u32;
     let rax = vp.vmcb().save.rax;
     let write = vp.vmcb().control.exit_info_1 & 1 != 0;
     let kind = if write { Kind::Wrmsr } else { Kind::Rdmsr };
     if write {
-        let value = vp.gprs.rdx << 32 | rax & 0xffff_ffff;
+        let value = vp.m.gprs.rdx << 32 | rax & 0xffff_ffff;
         return match write_msr(vp, number, value) {
             true => {
                 step_over(vp, kind);
@@ -116,7 +114,7 @@ fn msr_exit(vp: &mut Vp) {
         Some(value) => {
             if step_over(vp, kind) {
                 vp.vmcb().save.rax = value & 0xffff_ffff;
-                vp.gprs.rdx = value >> 32;
+                vp.m.gprs.rdx = value >> 32;
             }
         }
         None => raise(vp, Fault::GP),
@@ -225,7 +223,7 @@ fn io_exit(vp: &mut Vp) {
 pub fn reset_machine(vp: &mut Vp) -> Result<(), Failure> {
     debug::print(format_args!(
         "l0: cpu {}: L1 shut down at rip {:#x}: resetting the machine",
-        vp.id, vp.pages.vmcb01.save.rip
+        vp.id, vp.m.vmcb01.save.rip
     ));
     // SAFETY: the reset port of PC chipsets, then the keyboard controller's: the machine restarts.
     unsafe {

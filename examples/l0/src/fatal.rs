@@ -40,10 +40,10 @@ pub fn give_up(args: core::fmt::Arguments<'_>) -> ! {
 pub fn report(vp: &mut Vp, failure: Failure) -> ! {
     print_dying(format_args!("l0: GAVE UP: {failure:?} on cpu {} after {} exits", vp.id, vp.exits));
     print_dying(format_args!("l0: VMCB01:"));
-    vmcb(&vp.pages.vmcb01);
+    vmcb(vp.m.vmcb01);
     print_dying(format_args!("l0: VMCB02:"));
-    vmcb(&vp.pages.vmcb02);
-    print_dying(format_args!("l0: {:x?}", vp.gprs));
+    vmcb(vp.m.vmcb02);
+    print_dying(format_args!("l0: {:x?}", vp.m.gprs));
     let (bytes, n) = vp.instruction();
     print_dying(format_args!("l0: {:?} code: {:02x?}", vp.nested.level(), bytes.get(..n).unwrap_or(&[])));
     end()

@@ -1,17 +1,26 @@
 //! Instruction bytes of a guest that exited, for processors that give neither the next RIP nor the bytes.
 //!
-//! The guest just executed the instruction, so permissions need no check; tables may have changed meanwhile, in which
-//! case the guest gets the length of what is there now.
+//! The guest just executed the instruction, so permissions need no check. A walk of the guest's page tables (for L2 of
+//! L1's nested tables too) finds the bytes. [`FetchCache`] remembers walks: the entries they read and where they led. A
+//! remembered walk counts only while every entry still has the value it had, so it gives what a new walk would give.
 
-use hvcore::addr::L1Gpa;
-use hvcore::memory::{Access, GuestMemory, MemoryError};
+use core::cell::{Cell, RefCell};
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use arrayvec::ArrayVec;
+use hvcore::addr::{L1Gpa, L2Gpa, Level};
+use hvcore::memory::{Access, GuestMemory, MemoryError, SecondStage};
+use nsvm::npt::{NptFormat, NptWalk};
+use nsvm::vmcb::Vmcb;
+
+use crate::memory::L1Memory;
 
 const PRESENT: u64 = 1;
 const LARGE: u64 = 1 << 7;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// The registers that say how a guest translates linear addresses.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Paging {
     /// CR0.
     pub cr0: u64,
@@ -27,8 +36,13 @@ pub struct Paging {
 pub const MAX_LENGTH: usize = 15;
 
 impl Paging {
-    /// The guest physical address of linear address `la`; `read` reads a table entry at a guest physical address.
+    /// Those of the guest in `vmcb`.
     #[inline]
+    pub fn of(vmcb: &Vmcb) -> Self {
+        Self { cr0: vmcb.save.cr0, cr3: vmcb.save.cr3, cr4: vmcb.save.cr4, efer: vmcb.save.efer }
+    }
+
+    /// The guest physical address of linear address `la`; `read` reads a table entry of 4 or 8 bytes.
     pub fn translate(
         &self,
         la: u64,
@@ -82,32 +96,247 @@ impl Paging {
     }
 }
 
-/// Instruction bytes at linear address `la`, at most as many as `buf` takes; how many were got. `second` translates
-/// guest physical addresses to L1's: the identity for L1 itself.
+/// Linear address of the next instruction of the guest in `vmcb`.
 #[inline]
-pub fn bytes<M: GuestMemory + ?Sized>(
-    memory: &M,
-    paging: &Paging,
-    la: u64,
-    buf: &mut [u8; MAX_LENGTH],
-    second: impl Fn(u64, Access) -> Result<L1Gpa, MemoryError>,
-) -> usize {
-    let entry = |gpa, size| {
-        // The processor walks guest tables as if it wrote them.
-        let at = second(gpa, Access::Write)?;
-        if size == 8 { memory.read_u64(at) } else { memory.read_u32(at).map(u64::from) }
-    };
-    let get = |la, buf: &mut [u8]| {
-        let at = second(paging.translate(la, entry)?, Access::Execute)?;
-        memory.read(at, buf)
-    };
-    let in_page = (0x1000 - (la & 0xfff)) as usize;
-    if in_page >= MAX_LENGTH {
-        return if get(la, buf).is_ok() { MAX_LENGTH } else { 0 };
+pub fn linear_rip(vmcb: &Vmcb) -> u64 {
+    if vmcb.in_64bit_code() { vmcb.save.rip } else { vmcb.save.cs.base.wrapping_add(vmcb.save.rip) & 0xffff_ffff }
+}
+
+/// L1's nested tables for its L2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Nested {
+    /// How they are read.
+    pub format: NptFormat,
+    /// Their root.
+    pub ncr3: u64,
+}
+
+/// Entries that a walk may read and still be remembered: 4 levels of L2's tables, each through 4 nested ones, and the
+/// nested walk of the last address.
+const STEPS: usize = 24;
+
+/// A remembered walk.
+#[derive(Debug)]
+struct Walk {
+    la: Cell<u64>,
+    paging: Cell<Paging>,
+    nested: Cell<Option<Nested>>,
+    /// Where each entry is, and what it held.
+    path: RefCell<ArrayVec<(&'static AtomicU64, u64), STEPS>>,
+    /// The instruction; all of [`MAX_LENGTH`] bytes are in its page. Null: nothing is remembered.
+    code: Cell<*const u8>,
+}
+
+impl Walk {
+    const fn new() -> Self {
+        Self {
+            la: Cell::new(0),
+            paging: Cell::new(Paging { cr0: 0, cr3: 0, cr4: 0, efer: 0 }),
+            nested: Cell::new(None),
+            path: RefCell::new(ArrayVec::new_const()),
+            code: Cell::new(core::ptr::null()),
+        }
     }
-    let (first, rest) = buf.split_at_mut(in_page);
-    if get(la, first).is_err() {
-        return 0;
+
+    /// The instruction, if this walk is of `la` and would end there again.
+    #[inline]
+    fn code(&self, la: u64, paging: &Paging, nested: Option<Nested>) -> Option<*const u8> {
+        let code = self.code.get();
+        if code.is_null() || self.la.get() != la || self.paging.get() != *paging || self.nested.get() != nested {
+            return None;
+        }
+        let path = self.path.borrow();
+        // Acquire: the bytes read next are at least as new as the tables.
+        path.iter().all(|(entry, value)| entry.load(Ordering::Acquire) == *value).then_some(code)
     }
-    if get(la.wrapping_add(in_page as u64), rest).is_ok() { MAX_LENGTH } else { in_page }
+}
+
+/// Fetches instruction bytes of one VP's guests.
+#[derive(Debug)]
+pub struct Fetch {
+    memory: &'static L1Memory,
+    /// L1's nested tables for the L2 that runs, when L1 uses nested paging.
+    nested: Cell<Option<Nested>>,
+    l1: [Walk; 8],
+    l2: [Walk; 2],
+}
+
+// SAFETY: moved to its processor once, before it remembers anything; the pointers are to memory that all share.
+unsafe impl Send for Fetch {}
+
+impl Fetch {
+    /// Nothing is remembered.
+    pub const fn new(memory: &'static L1Memory) -> Self {
+        Self { memory, nested: Cell::new(None), l1: [const { Walk::new() }; 8], l2: [const { Walk::new() }; 2] }
+    }
+
+    /// L2 runs on these tables of L1's from now on; `None`: on L1's addresses.
+    #[inline]
+    pub fn set_nested(&self, nested: Option<Nested>) {
+        self.nested.set(nested);
+    }
+
+    /// The tables that L2 runs on.
+    #[inline]
+    pub fn nested(&self) -> Option<Nested> {
+        self.nested.get()
+    }
+
+    /// L1's nested tables as a second stage.
+    pub fn second_stage(&self) -> Option<NptWalk<'static, L1Memory>> {
+        self.nested.get().map(|n| NptWalk { memory: self.memory, format: n.format, ncr3: n.ncr3 })
+    }
+
+    /// What L1's memory shows at some address changed.
+    pub fn forget(&self) {
+        for walk in self.l1.iter().chain(&self.l2) {
+            walk.code.set(core::ptr::null());
+        }
+    }
+
+    /// Up to 15 instruction bytes of the guest of `level` in `vmcb`; how many were got.
+    #[inline]
+    pub fn bytes(&self, level: Level, vmcb: &Vmcb, bytes: &mut [u8; MAX_LENGTH]) -> usize {
+        let (paging, la) = (Paging::of(vmcb), linear_rip(vmcb));
+        let (nested, walk) = match level {
+            Level::L1 => (None, &self.l1[((la >> 1 ^ la >> 4) & 7) as usize]),
+            Level::L2 => (self.nested.get(), &self.l2[(la >> 1 & 1) as usize]),
+        };
+        match walk.code(la, &paging, nested) {
+            Some(code) => {
+                copy_code(code, bytes);
+                MAX_LENGTH
+            }
+            None => self.walk(walk, la, &paging, nested, bytes),
+        }
+    }
+
+    /// Walks, and remembers the walk where that is possible.
+    #[cold]
+    fn walk(
+        &self,
+        walk: &Walk,
+        la: u64,
+        paging: &Paging,
+        nested: Option<Nested>,
+        bytes: &mut [u8; MAX_LENGTH],
+    ) -> usize {
+        walk.code.set(core::ptr::null());
+        let recorder = Recorder { memory: self.memory, path: RefCell::new(ArrayVec::new()), whole: Cell::new(true) };
+        let second = |gpa: u64, access| match nested {
+            None => Ok(L1Gpa::new(gpa)),
+            Some(n) => NptWalk { memory: &recorder, format: n.format, ncr3: n.ncr3 }
+                .walk(L2Gpa::new(gpa), access)
+                .map_err(|_| MemoryError),
+        };
+        let entry = |gpa, size| {
+            // The processor walks guest tables as if it wrote them.
+            let at = second(gpa, Access::Write)?;
+            if size == 8 { recorder.read_u64(at) } else { recorder.read_u32(at).map(u64::from) }
+        };
+        let place = |la| second(paging.translate(la, entry)?, Access::Execute);
+        let in_page = (0x1000 - (la & 0xfff)) as usize;
+        let Ok(at) = place(la) else { return 0 };
+        if in_page < MAX_LENGTH {
+            let (first, rest) = bytes.split_at_mut(in_page);
+            if self.memory.read(at, first).is_err() {
+                return 0;
+            }
+            let next = place(la.wrapping_add(in_page as u64)).and_then(|at| self.memory.read(at, rest));
+            return if next.is_ok() { MAX_LENGTH } else { in_page };
+        }
+        if self.memory.read(at, bytes).is_err() {
+            return 0;
+        }
+        if let (true, Some(code)) = (recorder.whole.get(), self.memory.pointer(at, MAX_LENGTH)) {
+            walk.la.set(la);
+            walk.paging.set(*paging);
+            walk.nested.set(nested);
+            walk.path.replace(recorder.path.into_inner());
+            walk.code.set(code);
+        }
+        MAX_LENGTH
+    }
+}
+
+impl nsvm::Code for Fetch {
+    #[inline]
+    fn fetch(&self, level: Level, vmcb: &Vmcb, bytes: &mut [u8; MAX_LENGTH]) -> usize {
+        self.bytes(level, vmcb, bytes)
+    }
+}
+
+/// Copies [`MAX_LENGTH`] bytes of code that a guest may be writing.
+#[inline]
+fn copy_code(code: *const u8, bytes: &mut [u8; MAX_LENGTH]) {
+    let (low, high): (u64, u64);
+    // SAFETY: `code` points to 15 bytes of L1's RAM (the walk that found it checked that), mapped for good. The loads
+    // are the processor's own, so a guest's concurrent stores are no data race of the program's.
+    unsafe {
+        core::arch::asm!(
+            "mov {low}, [{code}]",
+            "mov {high}, [{code} + 7]",
+            code = in(reg) code,
+            low = out(reg) low,
+            high = out(reg) high,
+            options(nostack, preserves_flags, readonly),
+        );
+    }
+    bytes[..8].copy_from_slice(&low.to_le_bytes());
+    bytes[7..].copy_from_slice(&high.to_le_bytes());
+}
+
+/// L1's memory, which notes the entries that a walk reads.
+struct Recorder {
+    memory: &'static L1Memory,
+    path: RefCell<ArrayVec<(&'static AtomicU64, u64), STEPS>>,
+    /// Everything that the walk depends on is in `path`.
+    whole: Cell<bool>,
+}
+
+impl GuestMemory for Recorder {
+    fn read(&self, gpa: L1Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        self.whole.set(false);
+        self.memory.read(gpa, buf)
+    }
+
+    fn write(&self, gpa: L1Gpa, buf: &[u8]) -> Result<(), MemoryError> {
+        self.whole.set(false);
+        self.memory.write(gpa, buf)
+    }
+
+    fn compare_exchange_u8(&self, gpa: L1Gpa, current: u8, new: u8) -> Result<Result<u8, u8>, MemoryError> {
+        self.whole.set(false);
+        self.memory.compare_exchange_u8(gpa, current, new)
+    }
+
+    fn compare_exchange_u32(&self, gpa: L1Gpa, current: u32, new: u32) -> Result<Result<u32, u32>, MemoryError> {
+        self.whole.set(false);
+        self.memory.compare_exchange_u32(gpa, current, new)
+    }
+
+    fn compare_exchange_u64(&self, gpa: L1Gpa, current: u64, new: u64) -> Result<Result<u64, u64>, MemoryError> {
+        self.whole.set(false);
+        self.memory.compare_exchange_u64(gpa, current, new)
+    }
+
+    fn read_u32(&self, gpa: L1Gpa) -> Result<u32, MemoryError> {
+        self.whole.set(false);
+        self.memory.read_u32(gpa)
+    }
+
+    fn read_u64(&self, gpa: L1Gpa) -> Result<u64, MemoryError> {
+        let value = self.memory.read_u64(gpa)?;
+        let entry = if gpa.is_aligned(8) { self.memory.pointer(gpa, 8) } else { None };
+        let noted = entry.is_some_and(|entry| {
+            // SAFETY: `pointer` checked that these are eight bytes of L1's RAM, mapped for good; aligned by the test
+            // above.
+            let entry = unsafe { AtomicU64::from_ptr(entry.cast_mut().cast()) };
+            self.path.borrow_mut().try_push((entry, value)).is_ok()
+        });
+        if !noted {
+            self.whole.set(false);
+        }
+        Ok(value)
+    }
 }

@@ -38,9 +38,9 @@ use crate::fatal::{Failure, give_up};
 use crate::ipi::MAX_CPUS;
 use crate::memory::Overlays;
 use crate::mmio;
-use crate::nested::{Fetch, Gprs, l2_fetch};
+use crate::registers::Gprs;
 use crate::shared::Shared;
-use crate::vp::{Vp, machine};
+use crate::vp::Vp;
 
 static FLUSH: [VpFlush; MAX_CPUS] = [const { VpFlush::new() }; MAX_CPUS];
 static BUCKETS: [AtomicU64; 2 * MAX_CPUS] = [const { AtomicU64::new(0) }; 2 * MAX_CPUS];
@@ -245,11 +245,11 @@ fn perform<C: CallerMemory + ?Sized>(vp: &mut Vp, level: Level, vm_id: u64, memo
     let shared = vp.shared;
     let hyperv = &shared.hyperv;
     let vmcb = match level {
-        Level::L1 => &mut vp.pages.vmcb01,
-        Level::L2 => &mut vp.pages.vmcb02,
+        Level::L1 => &mut *vp.m.vmcb01,
+        Level::L2 => &mut *vp.m.vmcb02,
     };
     let caller = hyperv.interface.caller(mode(vmcb), level);
-    let mut registers = CallRegisters { vmcb, gprs: &mut vp.gprs };
+    let mut registers = CallRegisters { vmcb, gprs: vp.m.gprs };
     let flush = FlushCalls::new(hyperv.domain, &hyperv.map, vm_id, &mut vp.hyperv.shootdown);
     let mut calls = Calls { flush, shared };
     let outcome = handle(&mut calls, &caller, &mut registers, memory, &mut vp.hyperv.scratch);
@@ -314,14 +314,13 @@ pub fn takes(
 pub fn direct_flush(vp: &mut Vp, next_rip: u64) -> Result<(), Failure> {
     let (vm_id, assist) = (vp.nested.enlightenments().vm_id, vp.nested.enlightenments().partition_assist_page);
     let memory = &vp.shared.memory;
-    let outcome = match l2_fetch(vp).walk {
+    let outcome = match vp.m.code.second_stage() {
         Some(walk) => perform(vp, Level::L2, vm_id, &L2Caller { memory, second_stage: &walk }),
         None => perform(vp, Level::L2, vm_id, &L1Caller(memory)),
     };
-    let fetch = Fetch { memory, walk: None };
     match outcome {
         Outcome::Complete(result) => {
-            vp.pages.vmcb02.complete_instruction(next_rip);
+            vp.m.vmcb02.complete_instruction(next_rip);
             if !result.status().is_success() {
                 return Ok(());
             }
@@ -329,7 +328,7 @@ pub fn direct_flush(vp: &mut Vp, next_rip: u64) -> Result<(), Failure> {
             let locked = (assist & 0xfff == 0).then(|| memory.read_u32(L1Gpa::new(assist)).ok()).flatten();
             match locked {
                 Some(0) => Ok(()),
-                Some(_) => match vp.nested.synthetic_exit(&mut machine!(vp, fetch)) {
+                Some(_) => match vp.nested.synthetic_exit(&mut vp.m) {
                     L2Exit::Shutdown => exits::reset_machine(vp),
                     _ => Ok(()),
                 },
@@ -350,12 +349,12 @@ pub fn direct_flush(vp: &mut Vp, next_rip: u64) -> Result<(), Failure> {
 /// The flush is done, but its partition assist page is not there: HV_STATUS_INVALID_HYPERCALL_INPUT.
 fn refuse(vp: &mut Vp, done: HypercallResult) {
     let result = HypercallResult::new(HvStatus::INVALID_HYPERCALL_INPUT, done.reps_completed()).raw();
-    let vmcb = &mut vp.pages.vmcb02;
+    let vmcb = &mut *vp.m.vmcb02;
     match mode(vmcb).width {
         Width::Bits64 => vmcb.save.rax = result,
         Width::Bits32 => {
             vmcb.save.rax = result & 0xffff_ffff;
-            vp.gprs.rdx = result >> 32;
+            vp.m.gprs.rdx = result >> 32;
         }
     }
 }

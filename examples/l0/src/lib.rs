@@ -23,5 +23,6 @@ pub mod mmio;
 pub mod nested;
 pub mod npt01;
 pub mod permissions;
+pub mod registers;
 pub mod shared;
 pub mod vp;

@@ -4,7 +4,7 @@
 //! [`GuestMemory`] on it: RAM that is L1's, without the hole where L0 lives. Everything that L0 does to L1's memory
 //! goes through here.
 
-use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use hvcore::addr::L1Gpa;
 use hvcore::memory::{GuestMemory, MemoryError};
@@ -50,6 +50,8 @@ pub struct Overlays {
     pages: [AtomicU64; OVERLAYS],
     /// Physical address of the page that is seen there.
     behind: [AtomicU64; OVERLAYS],
+    /// There has been an overlay.
+    used: AtomicBool,
 }
 
 const OVERLAYS: usize = Overlay::ALL.len();
@@ -59,13 +61,18 @@ const NOWHERE: u64 = u64::MAX;
 impl Overlays {
     /// No overlay.
     pub const fn new() -> Self {
-        Self { pages: [const { AtomicU64::new(NOWHERE) }; OVERLAYS], behind: [const { AtomicU64::new(0) }; OVERLAYS] }
+        Self {
+            pages: [const { AtomicU64::new(NOWHERE) }; OVERLAYS],
+            behind: [const { AtomicU64::new(0) }; OVERLAYS],
+            used: AtomicBool::new(false),
+        }
     }
 
     /// Moves `which` to `gpa`, where `behind` is seen from now on; where it was before. Under the mapping lock.
     pub fn place(&self, which: Overlay, gpa: Option<u64>, behind: u64) -> Option<u64> {
         let at = Overlay::ALL.iter().position(|w| *w == which).unwrap_or(0);
         self.behind[at].store(behind, Ordering::Relaxed);
+        self.used.store(true, Ordering::Release);
         // Release: who finds the overlay finds the page behind it.
         let old = self.pages[at].swap(gpa.map_or(NOWHERE, |gpa| gpa >> 12), Ordering::AcqRel);
         (old != NOWHERE).then_some(old << 12)
@@ -87,6 +94,9 @@ impl Overlays {
     /// True when an overlay lies in the bytes from `start` to `end`, which is not below it.
     #[inline]
     fn touch(&self, start: u64, end: u64) -> bool {
+        if !self.used.load(Ordering::Acquire) {
+            return false;
+        }
         let (first, last) = (start >> 12, end.wrapping_sub(1) >> 12);
         self.pages.iter().any(|p| p.load(Ordering::Acquire).wrapping_sub(first) <= last.wrapping_sub(first))
     }
@@ -162,6 +172,11 @@ impl L1Memory {
         self.at(gpa, len)
     }
 
+    /// Where `len` bytes at `gpa` are, if they are L1's RAM and under no overlay. Overlays may come later.
+    pub fn pointer(&self, gpa: L1Gpa, len: usize) -> Option<*const u8> {
+        self.at(gpa, len).ok().map(|p| p.cast_const())
+    }
+
     /// True when the 4 KiB page of `gpa` is RAM that L1 may have.
     pub fn is_ram(&self, gpa: u64) -> bool {
         self.at(L1Gpa::new(gpa & !0xfff), 0x1000).is_ok()
@@ -190,83 +205,38 @@ fn head(p: *mut u8, len: usize) -> usize {
 }
 
 impl GuestMemory for L1Memory {
-    #[inline]
+    #[inline(always)]
     fn read(&self, gpa: L1Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-        if let Ok(four) = <&mut [u8; 4]>::try_from(&mut *buf)
-            && gpa.is_aligned(4)
+        // What the library copies most: whole aligned words, of a length that is known where it is called.
+        if buf.len().is_multiple_of(8)
+            && gpa.is_aligned(8)
+            && let Ok(p) = self.at(gpa, buf.len())
         {
-            *four = self.read_u32(gpa)?.to_le_bytes();
+            let mut p = p.cast::<u64>();
+            for w in buf.chunks_exact_mut(8) {
+                // SAFETY: `at` checked that the whole range is RAM which L0 maps and does not own; aligned by the test
+                // above. Guests write it meanwhile, so every access is an atomic one.
+                let word = unsafe { AtomicU64::from_ptr(p) }.load(Ordering::Acquire);
+                w.copy_from_slice(&word.to_le_bytes());
+                p = p.wrapping_add(1);
+            }
             return Ok(());
         }
-        let Ok(mut p) = self.at(gpa, buf.len()) else { return self.read_overlaid(gpa, buf) };
-        // SAFETY (all reads below): `at` checked that the whole range is RAM which L0 maps and does not own. Guests
-        // write it meanwhile, so every access is an atomic one: bytes up to alignment, then whole words.
-        let (first, rest) = buf.split_at_mut(head(p, buf.len()));
-        for b in first {
-            // SAFETY: see above.
-            *b = unsafe { AtomicU8::from_ptr(p) }.load(Ordering::Relaxed);
-            p = p.wrapping_add(1);
-        }
-        let mut words = rest.chunks_exact_mut(8);
-        for w in &mut words {
-            // SAFETY: see above; `p` is 8-byte aligned.
-            let word = unsafe { AtomicU64::from_ptr(p.cast()) }.load(Ordering::Acquire);
-            w.copy_from_slice(&word.to_le_bytes());
-            p = p.wrapping_add(8);
-        }
-        let last = words.into_remainder();
-        if last.len() >= 4 {
-            // SAFETY: see above; `p` is 8-byte aligned and at least four bytes remain.
-            let word = unsafe { AtomicU32::from_ptr(p.cast()) }.load(Ordering::Acquire);
-            last[..4].copy_from_slice(&word.to_le_bytes());
-            p = p.wrapping_add(4);
-        }
-        let done = last.len() & 4;
-        for b in &mut last[done..] {
-            // SAFETY: see above.
-            *b = unsafe { AtomicU8::from_ptr(p) }.load(Ordering::Relaxed);
-            p = p.wrapping_add(1);
-        }
-        Ok(())
+        self.read_any(gpa, buf)
     }
 
-    #[inline]
+    #[inline(always)]
     fn write(&self, gpa: L1Gpa, buf: &[u8]) -> Result<(), MemoryError> {
-        let mut p = self.at(gpa, buf.len())?;
-        if let Ok(four) = <[u8; 4]>::try_from(buf)
-            && gpa.is_aligned(4)
-        {
-            // SAFETY: as for `read`; the line above checked size and alignment.
-            unsafe { AtomicU32::from_ptr(p.cast()) }.store(u32::from_le_bytes(four), Ordering::Release);
+        if buf.len().is_multiple_of(8) && gpa.is_aligned(8) {
+            let mut p = self.at(gpa, buf.len())?.cast::<u64>();
+            for w in buf.as_chunks::<8>().0 {
+                // SAFETY: as for `read`.
+                unsafe { AtomicU64::from_ptr(p) }.store(u64::from_le_bytes(*w), Ordering::Release);
+                p = p.wrapping_add(1);
+            }
             return Ok(());
         }
-        let (first, rest) = buf.split_at(head(p, buf.len()));
-        for b in first {
-            // SAFETY: as for `read`.
-            unsafe { AtomicU8::from_ptr(p) }.store(*b, Ordering::Relaxed);
-            p = p.wrapping_add(1);
-        }
-        let mut words = rest.chunks_exact(8);
-        for w in &mut words {
-            let word = u64::from_le_bytes([w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]]);
-            // SAFETY: as for `read`; `p` is 8-byte aligned.
-            unsafe { AtomicU64::from_ptr(p.cast()) }.store(word, Ordering::Release);
-            p = p.wrapping_add(8);
-        }
-        let last = words.remainder();
-        if last.len() >= 4 {
-            let word = u32::from_le_bytes([last[0], last[1], last[2], last[3]]);
-            // SAFETY: as for `read`; `p` is 8-byte aligned and at least four bytes remain.
-            unsafe { AtomicU32::from_ptr(p.cast()) }.store(word, Ordering::Release);
-            p = p.wrapping_add(4);
-        }
-        let done = last.len() & 4;
-        for b in &last[done..] {
-            // SAFETY: as for `read`.
-            unsafe { AtomicU8::from_ptr(p) }.store(*b, Ordering::Relaxed);
-            p = p.wrapping_add(1);
-        }
-        Ok(())
+        self.write_any(gpa, buf)
     }
 
     fn compare_exchange_u8(&self, gpa: L1Gpa, current: u8, new: u8) -> Result<Result<u8, u8>, MemoryError> {
@@ -311,5 +281,88 @@ impl GuestMemory for L1Memory {
         let mut b = [0; 8];
         self.read(gpa, &mut b)?;
         Ok(u64::from_le_bytes(b))
+    }
+}
+
+impl L1Memory {
+    /// Reads of any length and alignment, overlays included.
+    #[cold]
+    fn read_any(&self, gpa: L1Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        if let Ok(four) = <&mut [u8; 4]>::try_from(&mut *buf)
+            && gpa.is_aligned(4)
+        {
+            *four = self.read_u32(gpa)?.to_le_bytes();
+            return Ok(());
+        }
+        let Ok(mut p) = self.at(gpa, buf.len()) else { return self.read_overlaid(gpa, buf) };
+        // SAFETY (all reads below): `at` checked that the whole range is RAM which L0 maps and does not own. Guests
+        // write it meanwhile, so every access is an atomic one: bytes up to alignment, then whole words.
+        let (first, rest) = buf.split_at_mut(head(p, buf.len()));
+        for b in first {
+            // SAFETY: see above.
+            *b = unsafe { AtomicU8::from_ptr(p) }.load(Ordering::Relaxed);
+            p = p.wrapping_add(1);
+        }
+        let mut words = rest.chunks_exact_mut(8);
+        for w in &mut words {
+            // SAFETY: see above; `p` is 8-byte aligned.
+            let word = unsafe { AtomicU64::from_ptr(p.cast()) }.load(Ordering::Acquire);
+            w.copy_from_slice(&word.to_le_bytes());
+            p = p.wrapping_add(8);
+        }
+        let last = words.into_remainder();
+        if last.len() >= 4 {
+            // SAFETY: see above; `p` is 8-byte aligned and at least four bytes remain.
+            let word = unsafe { AtomicU32::from_ptr(p.cast()) }.load(Ordering::Acquire);
+            last[..4].copy_from_slice(&word.to_le_bytes());
+            p = p.wrapping_add(4);
+        }
+        let done = last.len() & 4;
+        for b in &mut last[done..] {
+            // SAFETY: see above.
+            *b = unsafe { AtomicU8::from_ptr(p) }.load(Ordering::Relaxed);
+            p = p.wrapping_add(1);
+        }
+        Ok(())
+    }
+
+    /// Writes of any length and alignment.
+    #[cold]
+    fn write_any(&self, gpa: L1Gpa, buf: &[u8]) -> Result<(), MemoryError> {
+        let mut p = self.at(gpa, buf.len())?;
+        if let Ok(four) = <[u8; 4]>::try_from(buf)
+            && gpa.is_aligned(4)
+        {
+            // SAFETY: as for `read`; the line above checked size and alignment.
+            unsafe { AtomicU32::from_ptr(p.cast()) }.store(u32::from_le_bytes(four), Ordering::Release);
+            return Ok(());
+        }
+        let (first, rest) = buf.split_at(head(p, buf.len()));
+        for b in first {
+            // SAFETY: as for `read`.
+            unsafe { AtomicU8::from_ptr(p) }.store(*b, Ordering::Relaxed);
+            p = p.wrapping_add(1);
+        }
+        let mut words = rest.chunks_exact(8);
+        for w in &mut words {
+            let word = u64::from_le_bytes([w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]]);
+            // SAFETY: as for `read`; `p` is 8-byte aligned.
+            unsafe { AtomicU64::from_ptr(p.cast()) }.store(word, Ordering::Release);
+            p = p.wrapping_add(8);
+        }
+        let last = words.remainder();
+        if last.len() >= 4 {
+            let word = u32::from_le_bytes([last[0], last[1], last[2], last[3]]);
+            // SAFETY: as for `read`; `p` is 8-byte aligned and at least four bytes remain.
+            unsafe { AtomicU32::from_ptr(p.cast()) }.store(word, Ordering::Release);
+            p = p.wrapping_add(4);
+        }
+        let done = last.len() & 4;
+        for b in &last[done..] {
+            // SAFETY: as for `read`.
+            unsafe { AtomicU8::from_ptr(p) }.store(*b, Ordering::Relaxed);
+            p = p.wrapping_add(1);
+        }
+        Ok(())
     }
 }

@@ -59,10 +59,10 @@ fn finish(vp: &mut Vp, store: &Store) {
     if let Operation::StoreString { repeat } = store.operation {
         let step = u64::from(store.size);
         let down = vp.vmcb().save.rflags & 1 << 10 != 0;
-        vp.gprs.rdi = if down { vp.gprs.rdi.wrapping_sub(step) } else { vp.gprs.rdi.wrapping_add(step) };
+        vp.m.gprs.rdi = if down { vp.m.gprs.rdi.wrapping_sub(step) } else { vp.m.gprs.rdi.wrapping_add(step) };
         if repeat {
-            vp.gprs.rcx = vp.gprs.rcx.wrapping_sub(1);
-            if vp.gprs.rcx != 0 {
+            vp.m.gprs.rcx = vp.m.gprs.rcx.wrapping_sub(1);
+            if vp.m.gprs.rcx != 0 {
                 return;
             }
         }
@@ -71,7 +71,7 @@ fn finish(vp: &mut Vp, store: &Store) {
 }
 
 fn slot(vp: &mut Vp, number: u8) -> Option<&mut u64> {
-    let g = &mut vp.gprs;
+    let g = &mut vp.m.gprs;
     Some(match number {
         1 => &mut g.rcx,
         2 => &mut g.rdx,

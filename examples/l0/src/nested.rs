@@ -2,20 +2,18 @@
 //!
 //! Called by the run loop; [`crate::exits`] has the exits that both levels share.
 
-use hvcore::addr::{L1Gpa, L2Gpa, Level};
-use hvcore::memory::{Access, MemoryError, SecondStage};
-use nsvm::npt::{Cause, L1Access, NptContext, NptFormat, NptOutcome, NptWalk};
-use nsvm::vmcb::Vmcb;
-use nsvm::{Code, Exit, Invalidate, L2Exit, exit_code as code};
+use hvcore::addr::L2Gpa;
+use hvcore::memory::Access;
+use nsvm::npt::{Cause, L1Access, NptContext, NptFormat, NptOutcome};
+use nsvm::{Exit, Invalidate, L2Exit, exit_code as code};
 
 use crate::exits;
 use crate::fatal::Failure;
-use crate::fetch::{self, Paging};
+use crate::fetch::Nested;
 use crate::hyperv;
-use crate::memory::L1Memory;
 use crate::mmio;
 use crate::npt01::Kind;
-use crate::vp::{Vp, machine};
+use crate::vp::Vp;
 
 /// The registers of a guest as the library asks for them.
 #[derive(Clone, Copy, Debug, Default)]
@@ -51,48 +49,6 @@ impl nsvm::Gprs for Gprs {
     }
 }
 
-/// Instruction bytes of either level.
-#[derive(Clone, Copy, Debug)]
-pub struct Fetch<'a> {
-    /// L1's memory.
-    pub memory: &'a L1Memory,
-    /// L1's nested tables for L2; `None` when L2 runs on L1's addresses, or L1 runs.
-    pub walk: Option<NptWalk<'a, L1Memory>>,
-}
-
-/// Paging registers of the guest in `vmcb`.
-#[inline]
-pub fn paging(vmcb: &Vmcb) -> Paging {
-    Paging { cr0: vmcb.save.cr0, cr3: vmcb.save.cr3, cr4: vmcb.save.cr4, efer: vmcb.save.efer }
-}
-
-/// Linear address of the next instruction of the guest in `vmcb`.
-#[inline]
-pub fn linear_rip(vmcb: &Vmcb) -> u64 {
-    if vmcb.in_64bit_code() { vmcb.save.rip } else { vmcb.save.cs.base.wrapping_add(vmcb.save.rip) & 0xffff_ffff }
-}
-
-impl Fetch<'_> {
-    /// Up to 15 instruction bytes of the guest in `vmcb`; how many were got.
-    #[inline]
-    pub fn bytes(&self, vmcb: &Vmcb, bytes: &mut [u8; 15]) -> usize {
-        let (paging, la) = (paging(vmcb), linear_rip(vmcb));
-        match &self.walk {
-            None => fetch::bytes(self.memory, &paging, la, bytes, |gpa, _| Ok(L1Gpa::new(gpa))),
-            Some(walk) => fetch::bytes(self.memory, &paging, la, bytes, |gpa, access| {
-                walk.walk(L2Gpa::new(gpa), access).map_err(|_| MemoryError)
-            }),
-        }
-    }
-}
-
-impl Code for Fetch<'_> {
-    #[inline]
-    fn fetch(&self, _level: Level, vmcb: &Vmcb, bytes: &mut [u8; 15]) -> usize {
-        self.bytes(vmcb, bytes)
-    }
-}
-
 /// L1 executed VMRUN: puts the shadow tables in VMCB02.
 pub fn enter_l2(vp: &mut Vp, invalidate: Invalidate) {
     match invalidate {
@@ -106,14 +62,20 @@ pub fn enter_l2(vp: &mut Vp, invalidate: Invalidate) {
     }
     hyperv::set_context(vp);
     match context(vp) {
-        Some(context) => vp.pages.vmcb02.control.n_cr3 = vp.shadow.activate(context).raw(),
-        None => vp.shadow.deactivate(),
+        Some(context) => {
+            vp.m.vmcb02.control.n_cr3 = vp.shadow.activate(context).raw();
+            vp.m.code.set_nested(Some(Nested { format: context.format, ncr3: context.ncr3 }));
+        }
+        None => {
+            vp.shadow.deactivate();
+            vp.m.code.set_nested(None);
+        }
     }
 }
 
 /// The nested context of the L2 that L1 runs, when L1 uses nested paging.
 fn context(vp: &Vp) -> Option<NptContext> {
-    let paging = vp.nested.nested_paging(&vp.pages.vmcb01)?;
+    let paging = vp.nested.nested_paging(vp.m.vmcb01)?;
     let shared = vp.shared;
     let format =
         NptFormat::from_registers(paging.cr0, paging.cr4, paging.efer, shared.address_bits as u8, shared.gib_pages)?;
@@ -121,18 +83,10 @@ fn context(vp: &Vp) -> Option<NptContext> {
     Some(NptContext { ncr3: paging.n_cr3.raw(), asid, format })
 }
 
-/// How instruction bytes of L2 are fetched.
-pub fn l2_fetch(vp: &Vp) -> Fetch<'static> {
-    let memory = &vp.shared.memory;
-    let walk = context(vp).map(|c| NptWalk { memory, format: c.format, ncr3: c.ncr3 });
-    Fetch { memory, walk }
-}
-
 /// Carries out the exit that VMCB02 tells.
 pub fn l2(vp: &mut Vp) -> Result<(), Failure> {
-    let fetch = l2_fetch(vp);
     let (shared, msrs) = (vp.shared, &vp.hyperv.msrs);
-    let outcome = vp.nested.l2_exit(&mut machine!(vp, fetch), |enlightenments, vmcb, gprs| {
+    let outcome = vp.nested.l2_exit(&mut vp.m, |enlightenments, vmcb, gprs| {
         hyperv::takes(&shared.hyperv, msrs, &shared.memory, enlightenments, vmcb, gprs)
     });
     settle(vp, outcome)
@@ -177,8 +131,7 @@ fn page_fault(vp: &mut Vp, gpa: L2Gpa, error: u64) -> Result<(), Failure> {
 }
 
 fn reflect_npf(vp: &mut Vp, info_1: u64, info_2: u64) -> Result<(), Failure> {
-    let fetch = Fetch { memory: &vp.shared.memory, walk: None };
-    let outcome = vp.nested.exit_to_l1(&mut machine!(vp, fetch), Exit { code: code::NPF, info_1, info_2 });
+    let outcome = vp.nested.exit_to_l1(&mut vp.m, Exit { code: code::NPF, info_1, info_2 });
     match outcome {
         L2Exit::Shutdown => exits::reset_machine(vp),
         _ => Ok(()),

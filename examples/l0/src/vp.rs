@@ -12,12 +12,16 @@ use hvcore::addr::{Hpa, Level};
 use hvcore::shadow::{PagePool, PageRecord, ShadowPage};
 use nsvm::asid::AsidPool;
 use nsvm::npt::NptShadow;
-use nsvm::{Entry, EntryPlan, MergedMap, NestedSvm, exit_code};
+use nsvm::{Entry, EntryPlan, Machine, MergedMap, NestedSvm, exit_code};
 
 use crate::exits;
 use crate::fatal::Failure;
+use crate::fetch::Fetch;
 use crate::hyperv::{self, VpHyperV};
-use crate::nested::{self, Fetch, Gprs};
+use crate::memory::L1Memory;
+use crate::nested;
+use crate::permissions::{IOPM01, MSRPM01};
+use crate::registers::Gprs;
 use crate::shared::Shared;
 use hvcore::flush::LocalFlush;
 use nsvm::vmcb::bits::{DR7_RESET, Intercepts, efer, int_ctl, misc1, misc2};
@@ -100,20 +104,16 @@ pub struct Vp {
     pub id: usize,
     /// The whole machine.
     pub shared: &'static Shared,
-    /// Its pages.
-    pub pages: &'static mut Pages,
-    /// Where they are.
+    /// What the library works on: VMCBs, registers, maps, ASIDs, memory.
+    pub m: Machine<'static, Gprs, L1Memory, Fetch>,
+    /// Where the pages are.
     pub pa: PagesPa,
-    /// The guest's registers that are not in the VMCB.
-    pub gprs: Gprs,
     /// APIC_BASE as L1 sees it.
     pub apic_base: u64,
     /// Waits for a SIPI.
     pub waiting: bool,
     /// The nested state.
     pub nested: NestedSvm,
-    /// This processor's ASIDs.
-    pub asids: AsidPool,
     /// The shadow of L1's nested tables.
     pub shadow: NptShadow<'static>,
     /// What others may ask it to flush.
@@ -149,24 +149,33 @@ impl Vp {
         }
         // SAFETY: every processor with SVM has APIC_BASE.
         let apic_base = unsafe { msr::rdmsr(msr::APIC_BASE) };
-        let mut msrpm02 = MergedMap { words: &mut pages.msrpm02, base: Hpa::new(pa.msrpm02) };
-        let mut iopm02 = MergedMap { words: &mut pages.iopm02, base: Hpa::new(pa.iopm02) };
-        let nested = NestedSvm::new(shared.config, &mut msrpm02, &mut iopm02);
         let by_asid = shared.svm.edx & 1 << 6 != 0;
         let asids = AsidPool::new(id as u32, shared.svm.ebx, by_asid).ok_or(Failure::TooFewAsids)?;
+        let Pages { vmcb01, vmcb02, msrpm02, iopm02, .. } = pages;
+        let mut m = Machine {
+            vmcb01,
+            vmcb02,
+            gprs: keep(Gprs::default())?,
+            msrpm02: MergedMap { words: msrpm02, base: Hpa::new(pa.msrpm02) },
+            iopm02: MergedMap { words: iopm02, base: Hpa::new(pa.iopm02) },
+            msrpm01: &MSRPM01.0,
+            iopm01: &IOPM01.0,
+            asids: keep(asids)?,
+            memory: &shared.memory,
+            code: keep(Fetch::new(&shared.memory))?,
+        };
+        let nested = NestedSvm::new(shared.config, &mut m.msrpm02, &mut m.iopm02);
         let shadow = shadow_tables()?;
         let hyperv = shared.hyperv.vp(id).ok_or(Failure::TooManyCpus)?;
         let flush = shared.hyperv.domain.local(id as u16).ok_or(Failure::TooManyCpus)?;
         let mut vp = Self {
             id,
             shared,
-            pages,
+            m,
             pa,
-            gprs: Gprs::default(),
             apic_base,
             waiting: apic_base & apic::BASE_BSP == 0,
             nested,
-            asids,
             shadow,
             flush,
             hyperv,
@@ -181,7 +190,7 @@ impl Vp {
 
     /// The state of L1's processor after INIT.
     pub fn init(&mut self) {
-        let v = &mut self.pages.vmcb01;
+        let v = &mut *self.m.vmcb01;
         v.control.intercepts = INTERCEPTS;
         v.control.iopm_base = self.shared.iopm01;
         v.control.msrpm_base = self.shared.msrpm01;
@@ -212,31 +221,31 @@ impl Vp {
         v.save.rsp = 0;
         v.save.rax = 0;
         v.save.g_pat = 0x0007_0406_0007_0406;
-        self.gprs = Gprs(svm::Gprs { rdx: u64::from(cpu::cpuid(1, 0).eax), ..Default::default() });
+        *self.m.gprs = Gprs(svm::Gprs { rdx: u64::from(cpu::cpuid(1, 0).eax), ..Default::default() });
     }
 
     /// The state in which a multiboot kernel starts: 32-bit flat segments, no paging.
     pub fn start_multiboot(&mut self, entry: &crate::loader::Entry) {
         self.start_flat(entry.eip);
-        self.pages.vmcb01.save.rax = u64::from(crate::loader::BOOT_MAGIC);
-        self.gprs.rbx = u64::from(entry.info);
+        self.m.vmcb01.save.rax = u64::from(crate::loader::BOOT_MAGIC);
+        self.m.gprs.rbx = u64::from(entry.info);
     }
 
     /// The state in which a Linux kernel starts.
     pub fn start_linux(&mut self, entry: &crate::linux::Entry) {
         self.start_flat(entry.eip);
-        let v = &mut self.pages.vmcb01;
+        let v = &mut *self.m.vmcb01;
         v.save.cs.selector = 0x10;
         data_segments(v, segment(0x18, 0xc93, u32::MAX, 0));
         v.save.gdtr = segment(0, 0, 31, u64::from(entry.gdt));
-        self.gprs = Gprs(svm::Gprs { rsi: u64::from(entry.params), ..Default::default() });
+        *self.m.gprs = Gprs(svm::Gprs { rsi: u64::from(entry.params), ..Default::default() });
     }
 
     /// 32-bit protected mode at `eip`, flat segments with selectors 8 (code) and 0x10 (data).
     fn start_flat(&mut self, eip: u32) {
         self.init();
         self.waiting = false;
-        let v = &mut self.pages.vmcb01;
+        let v = &mut *self.m.vmcb01;
         v.save.cs = segment(8, 0xc9b, u32::MAX, 0);
         data_segments(v, segment(0x10, 0xc93, u32::MAX, 0));
         v.save.cr0 = 0x11;
@@ -246,7 +255,7 @@ impl Vp {
     /// A SIPI: real mode at page `vector`.
     fn start_up(&mut self, vector: u8) {
         self.waiting = false;
-        let v = &mut self.pages.vmcb01;
+        let v = &mut *self.m.vmcb01;
         v.save.cs = segment(u16::from(vector) << 8, 0x9b, 0xffff, u64::from(vector) << 12);
         v.save.rip = 0;
     }
@@ -266,15 +275,16 @@ impl Vp {
         if self.waiting || self.shared.ipis.has_events(self.id) {
             self.events();
         }
-        let fetch = Fetch { memory: &self.shared.memory, walk: None };
-        let level = self.nested.route_events(&mut machine!(self, fetch));
+        let level = self.nested.route_events(&mut self.m);
         if let Some(due) = self.flush.enter(level) {
             hyperv::apply(&mut self.nested, &mut self.shadow, level, &due);
+            // An overlay page that moved looks like this, too.
+            self.m.code.forget();
         }
         if self.shadow.tag_stale() {
             self.nested.retire_tag(Level::L2);
         }
-        let plan = match self.nested.prepare_entry(&mut machine!(self, fetch)) {
+        let plan = match self.nested.prepare_entry(&mut self.m) {
             Entry::Run(plan) => plan,
             Entry::Init => {
                 self.flush.entry_failed();
@@ -293,7 +303,7 @@ impl Vp {
         match plan.level {
             Level::L1 => exits::l1(self),
             Level::L2 => {
-                if !exit_code::is_invalid(self.pages.vmcb02.control.exit_code) {
+                if !exit_code::is_invalid(self.m.vmcb02.control.exit_code) {
                     self.shadow.tag_retired();
                 }
                 nested::l2(self)
@@ -323,7 +333,7 @@ impl Vp {
         };
         // SAFETY: GIF is clear since `new`; the addresses are of this VP's own pages; the guest is confined by
         // nested paging to memory that is not L0's.
-        unsafe { svm::run(&mut self.gprs.0, vmcb, self.pa.vmcb01, self.pa.host_state) };
+        unsafe { svm::run(&mut self.m.gprs.0, vmcb, self.pa.vmcb01, self.pa.host_state) };
         if plan.sync_tpr {
             let tpr = self.vmcb().control.int_ctl & 0xf;
             // SAFETY: four bits of priority; L0 itself takes no interrupts.
@@ -406,19 +416,20 @@ impl Vp {
     #[inline]
     pub fn vmcb(&mut self) -> &mut Vmcb {
         match self.nested.level() {
-            Level::L1 => &mut self.pages.vmcb01,
-            Level::L2 => &mut self.pages.vmcb02,
+            Level::L1 => self.m.vmcb01,
+            Level::L2 => self.m.vmcb02,
         }
     }
 
     /// Instruction bytes of the level that has just run, and how many there are.
-    pub fn instruction(&mut self) -> ([u8; 15], usize) {
-        let fetch = match self.nested.level() {
-            Level::L1 => Fetch { memory: &self.shared.memory, walk: None },
-            Level::L2 => nested::l2_fetch(self),
+    pub fn instruction(&self) -> ([u8; 15], usize) {
+        let (level, code) = (self.nested.level(), self.m.code);
+        let vmcb = match level {
+            Level::L1 => &*self.m.vmcb01,
+            Level::L2 => &*self.m.vmcb02,
         };
         let mut bytes = [0; 15];
-        let n = fetch.bytes(self.vmcb(), &mut bytes);
+        let n = code.bytes(level, vmcb, &mut bytes);
         (bytes, n)
     }
 
@@ -430,27 +441,16 @@ impl Vp {
     }
 }
 
-/// What the library works on during one call.
-macro_rules! machine {
-    ($vp:expr, $code:expr) => {
-        ::nsvm::Machine {
-            vmcb01: &mut $vp.pages.vmcb01,
-            vmcb02: &mut $vp.pages.vmcb02,
-            gprs: &mut $vp.gprs,
-            msrpm02: ::nsvm::MergedMap {
-                words: &mut $vp.pages.msrpm02,
-                base: ::hvcore::addr::Hpa::new($vp.pa.msrpm02),
-            },
-            iopm02: ::nsvm::MergedMap { words: &mut $vp.pages.iopm02, base: ::hvcore::addr::Hpa::new($vp.pa.iopm02) },
-            msrpm01: &$crate::permissions::MSRPM01.0,
-            iopm01: &$crate::permissions::IOPM01.0,
-            asids: &mut $vp.asids,
-            memory: &$vp.shared.memory,
-            code: &$code,
-        }
-    };
+/// Keeps `value` for good.
+fn keep<T>(value: T) -> Result<&'static mut T, Failure> {
+    let place = rt::frames::allocate(size_of::<T>() as u64, align_of::<T>() as u64).ok_or(Failure::OutOfPages)?;
+    let place = place.cast::<T>();
+    // SAFETY: the memory is exclusive, large and aligned enough, and never freed.
+    unsafe {
+        place.write(value);
+        Ok(&mut *place)
+    }
 }
-pub(crate) use machine;
 
 /// Pages of shadow tables per VP.
 const SHADOW_PAGES: usize = 128;
