@@ -75,8 +75,14 @@ impl GuestMemory for Mem {
         bytes.get_mut(gpa.raw() as usize..end as usize).ok_or(MemoryError)?.copy_from_slice(buf);
         Ok(())
     }
-    fn compare_exchange_u8(&self, _: L1Gpa, _: u8, _: u8) -> Result<Result<u8, u8>, MemoryError> {
-        Err(MemoryError)
+    fn compare_exchange_u8(&self, gpa: L1Gpa, current: u8, new: u8) -> Result<Result<u8, u8>, MemoryError> {
+        let mut bytes = self.bytes.borrow_mut();
+        let byte = bytes.get_mut(gpa.raw() as usize).ok_or(MemoryError)?;
+        if *byte != current {
+            return Ok(Err(*byte));
+        }
+        *byte = new;
+        Ok(Ok(current))
     }
     fn compare_exchange_u32(&self, _: L1Gpa, _: u32, _: u32) -> Result<Result<u32, u32>, MemoryError> {
         Err(MemoryError)
