@@ -2,6 +2,7 @@
 //!
 //! Filled by the embedder as VPs come online; read by the flush engine and by handlers of IPIs. Uses nothing.
 
+use core::num::NonZeroU64;
 use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use tlfs_abi::vp_set::{BankIter, MAX_VP_INDEX, VPS_PER_BANK, VpSet};
 
@@ -191,15 +192,16 @@ impl Iterator for Slots<'_, '_> {
     #[inline]
     fn next(&mut self) -> Option<VpSlot> {
         loop {
-            while self.word == 0 {
+            // Not zero: finding its lowest bit needs no check.
+            if let Some(word) = NonZeroU64::new(self.word) {
+                self.word = word.get() & word.get().wrapping_sub(1);
+                if let Some(slot) = self.map.slot(self.base | word.trailing_zeros()) {
+                    return Some(slot);
+                }
+            } else {
                 let (bank, word) = self.banks.next()?;
                 self.base = bank.wrapping_mul(VPS_PER_BANK);
                 self.word = word;
-            }
-            let index = self.base.wrapping_add(self.word.trailing_zeros());
-            self.word &= self.word.wrapping_sub(1);
-            if let Some(slot) = self.map.slot(index) {
-                return Some(slot);
             }
         }
     }
