@@ -5,6 +5,7 @@
 
 mod bench;
 mod ctx;
+mod fuzz;
 mod images;
 mod initrd;
 mod linux;
@@ -44,6 +45,8 @@ enum Command {
     RunL1(run_l1::Args),
     /// Count instructions of the hot paths, on valgrind
     Bench(bench::Args),
+    /// Fuzz one target, or replay the committed seeds where there is no fuzzer
+    Fuzz(fuzz::Args),
 }
 
 fn run(cli: Cli) -> Result<()> {
@@ -52,6 +55,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Test(args) => test::run(&ctx, args),
         Command::QemuTest(args) => qemu_test::run(&ctx, args),
         Command::Bench(args) => bench::run(&ctx, args),
+        Command::Fuzz(args) => fuzz::run(&ctx, args),
         Command::RunL1(args) => run_l1::run(&ctx, args),
     }
 }

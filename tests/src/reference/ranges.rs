@@ -1,24 +1,30 @@
 //! GVA ranges as page numbers, one by one.
 
-/// The 4 KiB page numbers that a list entry covers, wrapping at the end of the address space. Large pages of the
-/// extended format are broken up, so an entry can cover millions: see `limit`.
-///
-/// Gives up with `None` beyond `limit` pages.
-pub fn pages(entry: u64, extended: bool, limit: usize) -> Option<Vec<u64>> {
-    const TOP: u64 = (1 << 52) - 1;
+/// Number of the first 4 KiB page that a list entry covers, and how many it covers: large pages of the extended format
+/// count as the small ones they hold.
+pub fn extent(entry: u64, extended: bool) -> (u64, u64) {
     let bit = |n: u32| entry >> n & 1 == 1;
-    let (first, count, small_per_page) = if !extended {
-        (entry / 4096, entry % 4096 + 1, 1)
+    if !extended {
+        (entry / 4096, entry % 4096 + 1)
     } else if !bit(11) {
-        (entry / 4096, entry % 2048 + 1, 1)
+        (entry / 4096, entry % 2048 + 1)
     } else if !bit(12) {
-        (entry / (2 << 20) * 512, entry % 2048 + 1, 512)
+        (entry / (2 << 20) * 512, (entry % 2048 + 1) * 512)
     } else {
-        (entry / (1 << 30) * 262_144, entry % 2048 + 1, 262_144)
-    };
-    let total = count * small_per_page;
-    if total > limit as u64 {
-        return None;
+        (entry / (1 << 30) * 262_144, (entry % 2048 + 1) * 262_144)
     }
-    Some((0..total).map(|n| (first + n) & TOP).collect())
+}
+
+/// The numbers of the 4 KiB pages that a list entry covers, in order, wrapping at the end of the address space.
+pub fn pages(entry: u64, extended: bool) -> Vec<u64> {
+    let (mut page, count) = extent(entry, extended);
+    let mut pages = Vec::new();
+    for _ in 0..count {
+        pages.push(page);
+        page += 1;
+        if page == 1 << 52 {
+            page = 0;
+        }
+    }
+    pages
 }
