@@ -3,3 +3,8 @@
 pub mod harness;
 pub mod model;
 pub mod reference;
+
+/// The README's example compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+pub struct Readme;
