@@ -9,6 +9,7 @@
 //! | [`tlb`] | tagged TLB; entries leave only by an invalidation or seeded eviction | one per CPU, `&mut` |
 //! | [`walk`] | page walks: 32-bit, PAE, 4- and 5-level; nested paging and EPT; exact faults | pure |
 //! | [`mmu`] | TLB in front of the walks; finds stale hits | one per CPU, `&mut` |
+//! | [`cpu`] | what CPUs have in common: registers, events, interrupt lines | lines: any |
 //! | [`svm`] | an AMD-V CPU that honours a VMCB | one per thread, `&mut` |
 //! | [`machine`] | several CPUs around one memory | CPUs are split among threads |
 //! | [`rng`] | seeded numbers | one per user |
@@ -29,6 +30,7 @@
 //! assert!(tlb.lookup(tag, 0x7000).is_none());
 //! ```
 
+pub mod cpu;
 pub mod machine;
 pub mod mem;
 pub mod mmu;

@@ -1,11 +1,10 @@
 //! VMRUN and #VMEXIT (APM volume 2, 15.5, 15.6 and 15.25.3).
 
-use super::event::Event;
 use super::state::{State, bit::*, seg};
 use super::vmcb::{Image, ctl, exit, misc2, save, vintr};
-use super::{Control, Cpu, GP, Guest, Op, Step, Trap};
+use super::{Control, Cpu, Event, GP, Guest, Op, Step, Trap};
 use crate::model::mem::PhysMem;
-use crate::model::walk::{Kind, Npt};
+use crate::model::walk::{Kind, Npt, Vendor};
 
 impl Cpu {
     /// VMRUN by the host. On success the guest runs; a refusal is an exit with code -1.
@@ -52,7 +51,7 @@ impl Cpu {
             // A user access: what protects supervisors plays no part.
             smep: false,
             smap: false,
-            ..self.state.linear(f.maxphyaddr, f.pages_1g)
+            ..self.state.linear(Vendor::Amd, f.maxphyaddr, f.pages_1g)
         });
         let count = if f.pause_filter { image.get(ctl::PAUSE_COUNT, 2) as u16 } else { 0 };
         Control {

@@ -1,23 +1,11 @@
 //! Events: what is pending and may be taken, delivery through the IDT, and what happens when delivery fails (APM
 //! volume 2, 8.2, 8.9, 15.12, 15.13, 15.20, 15.21).
 
-use super::state::{bit::*, seg};
+use super::state::bit::*;
 use super::vmcb::{exit, misc1, vintr};
-use super::{Cpu, LINE, Op, Step, Trap};
+use super::{Cpu, Event, LINE, Op, Step, Trap};
+use crate::model::cpu::{doubles, idt};
 use crate::model::mem::PhysMem;
-
-/// An interrupt or exception.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// External or virtual interrupt.
-    Interrupt(u8),
-    /// Non-maskable interrupt.
-    Nmi,
-    /// Exception with its error code, if it has one.
-    Exception(u8, Option<u32>),
-    /// INTn.
-    Soft(u8),
-}
 
 impl Event {
     /// As EXITINTINFO and EVENTINJ have it: vector 7:0, type 10:8, EV 11, V 31, error code 63:32.
@@ -44,22 +32,6 @@ impl Event {
             4 => Self::Soft(vector),
             _ => Self::Exception(vector, (value & (1 << 11) != 0).then_some((value >> 32) as u32)),
         })
-    }
-
-    const fn vector(self) -> u8 {
-        match self {
-            Self::Interrupt(v) | Self::Exception(v, _) | Self::Soft(v) => v,
-            Self::Nmi => 2,
-        }
-    }
-}
-
-/// Does `second`, raised while delivering `first`, make a double fault (8.2.9)?
-fn doubles(first: u8, second: u8) -> bool {
-    let contributory = |v| matches!(v, 0 | 10..=13);
-    match first {
-        14 => second == 14 || contributory(second),
-        v => contributory(v) && contributory(second),
     }
 }
 
@@ -193,7 +165,7 @@ impl Cpu {
         loop {
             let trap = matches!(now, Event::Soft(_) | Event::Exception(3 | 4, _));
             let rip = next.filter(|_| trap && now == event).unwrap_or(self.state.rip);
-            match self.vector(mem, now, rip) {
+            match idt::vector(self, mem, now, rip) {
                 Ok(()) => {
                     self.shadow = false;
                     return Step::Event(now);
@@ -232,156 +204,5 @@ impl Cpu {
             return self.exit(mem, (exit::SHUTDOWN, 0, 0), None, None);
         }
         Step::Shutdown
-    }
-
-    /// Reads the gate, pushes the frame, goes to the handler.
-    fn vector(&mut self, mem: &PhysMem, event: Event, rip: u64) -> Result<(), Trap> {
-        let v = event.vector();
-        let ext = u32::from(!matches!(event, Event::Soft(_) | Event::Exception(3 | 4, _)));
-        let bad = |vector| Trap::Exception(vector, Some(u32::from(v) * 8 + 2 + ext), 0);
-        if self.state.cr0 & CR0_PE == 0 {
-            return self.vector_real(mem, v, rip);
-        }
-        let long = self.state.long_mode();
-        let width: u64 = if long { 16 } else { 8 };
-        let idt = self.state.seg[seg::IDTR];
-        if u64::from(v) * width + width - 1 > u64::from(idt.limit) {
-            return Err(bad(13));
-        }
-        let at = idt.base.wrapping_add(u64::from(v) * width);
-        let gate = self.load(mem, at, 8, false)?;
-        let high = if long { self.load(mem, at.wrapping_add(8), 4, false)? } else { 0 };
-        let kind = (gate >> 40) & 0x1F;
-        if kind != 0xE && kind != 0xF {
-            return Err(bad(13));
-        }
-        if ext == 0 && ((gate >> 45) & 3) < u64::from(self.state.cpl) {
-            return Err(bad(13));
-        }
-        if gate & (1 << 47) == 0 {
-            return Err(bad(11));
-        }
-        let target = gate & 0xFFFF | (gate >> 32) & 0xFFFF_0000 | high << 32;
-        if long && super::state::sign_extend(target, if self.state.cr4 & CR4_LA57 != 0 { 57 } else { 48 }) != target {
-            return Err(Trap::Exception(13, Some(0), 0));
-        }
-        let (ss, sp, switched) = self.handler_stack(mem, (gate >> 32) & 7)?;
-        let code = if let Event::Exception(_, code) = event { code } else { None };
-        let size = if long { 8 } else { 4 };
-        let s = &self.state;
-        let mut frame = Vec::with_capacity(6);
-        if long || switched {
-            frame.extend([u64::from(s.seg[seg::SS].selector), s.rsp]);
-        }
-        frame.extend([s.rflags, u64::from(s.seg[seg::CS].selector), rip]);
-        frame.extend(code.map(u64::from));
-        let sp = self.push(mem, sp, size, &frame)?;
-        let s = &mut self.state;
-        s.rsp = sp;
-        s.rip = target;
-        s.rflags &= !(FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM | if kind == 0xE { FLAG_IF } else { 0 });
-        s.seg[seg::CS].selector = (gate >> 16) as u16 & !3;
-        s.seg[seg::CS].attributes = if long { 0x29B } else { 0xC9B };
-        if switched {
-            s.seg[seg::SS].selector = ss;
-            s.seg[seg::SS].attributes = 0xC93;
-        }
-        s.cpl = 0;
-        Ok(())
-    }
-
-    /// SS and RSP of the handler, and whether the privilege level changes.
-    fn handler_stack(&mut self, mem: &PhysMem, ist: u64) -> Result<(u16, u64, bool), Trap> {
-        let (tss, switched) = (self.state.seg[seg::TR].base, self.state.cpl != 0);
-        if self.state.long_mode() {
-            let sp = match (ist, switched) {
-                (0, false) => self.state.rsp,
-                (0, true) => self.load(mem, tss.wrapping_add(4), 8, false)?,
-                (n, _) => self.load(mem, tss.wrapping_add(0x1C + n * 8), 8, false)?,
-            };
-            return Ok((0, sp & !0xF, switched));
-        }
-        if !switched {
-            return Ok((0, self.state.rsp, false));
-        }
-        let sp = self.load(mem, tss.wrapping_add(4), 4, false)?;
-        Ok((self.load(mem, tss.wrapping_add(8), 2, false)? as u16, sp, true))
-    }
-
-    /// Pushes below `sp`, nothing if any push faults, and returns the new stack pointer.
-    fn push(&mut self, mem: &PhysMem, sp: u64, size: u64, values: &[u64]) -> Result<u64, Trap> {
-        let below = sp.wrapping_sub(size * values.len() as u64);
-        // Both pages are translated for writing first, so that a fault leaves the stack as it was.
-        self.span(mem, below, size * values.len() as u64, crate::model::walk::Kind::Write, false)?;
-        for (n, value) in (1..).zip(values) {
-            self.store(mem, sp.wrapping_sub(n * size), size, *value, false)?;
-        }
-        Ok(below)
-    }
-
-    fn vector_real(&mut self, mem: &PhysMem, v: u8, rip: u64) -> Result<(), Trap> {
-        let idt = self.state.seg[seg::IDTR];
-        if u32::from(v) * 4 + 3 > idt.limit {
-            return Err(Trap::Exception(13, None, 0));
-        }
-        let gate = self.load(mem, idt.base.wrapping_add(u64::from(v) * 4), 4, false)?;
-        let s = &self.state;
-        let base = s.seg[seg::SS].base;
-        let frame = [s.rflags & 0xFFFF, u64::from(s.seg[seg::CS].selector), rip & 0xFFFF];
-        let sp = s.rsp & 0xFFFF;
-        self.push(mem, base.wrapping_add(sp), 2, &frame)?;
-        let s = &mut self.state;
-        s.rsp = s.rsp & !0xFFFF | sp.wrapping_sub(6) & 0xFFFF;
-        s.rip = gate & 0xFFFF;
-        s.seg[seg::CS].selector = (gate >> 16) as u16;
-        s.seg[seg::CS].base = (gate >> 16) << 4;
-        s.rflags &= !(FLAG_TF | FLAG_IF | FLAG_AC);
-        Ok(())
-    }
-
-    /// IRET: the frame that [`Self::vector`] pushed, without the error code.
-    pub(super) fn iret(&mut self, mem: &PhysMem) -> Result<(), Trap> {
-        let s = &self.state;
-        let (real, long) = (s.cr0 & CR0_PE == 0, s.long_mode());
-        let size: u64 = if real {
-            2
-        } else if long {
-            8
-        } else {
-            4
-        };
-        let base = if real { s.seg[seg::SS].base } else { 0 };
-        let (sp, user) = (if real { s.rsp & 0xFFFF } else { s.rsp }, s.cpl == 3);
-        let mut word = [0u64; 5];
-        for (n, w) in (0..3).zip(&mut word) {
-            *w = self.load(mem, base.wrapping_add(sp + n * size), size, user)?;
-        }
-        let outer = !real && (word[1] & 3) as u8 != self.state.cpl;
-        if long || outer {
-            for (n, w) in (3..5).zip(&mut word[3..]) {
-                *w = self.load(mem, sp.wrapping_add(n * size), size, user)?;
-            }
-        }
-        let s = &mut self.state;
-        s.rip = word[0];
-        s.seg[seg::CS].selector = word[1] as u16;
-        s.rflags = word[2] & 0x3F_7FD5 | 2 | if real { s.rflags & !0xFFFF } else { 0 };
-        if real {
-            s.seg[seg::CS].base = (word[1] & 0xFFFF) << 4;
-            s.rsp = s.rsp & !0xFFFF | (sp + 6) & 0xFFFF;
-        } else if long || outer {
-            s.seg[seg::SS].selector = word[4] as u16;
-            s.rsp = word[3];
-        } else {
-            s.rsp = sp.wrapping_add(3 * size);
-        }
-        if !real {
-            let cpl = (word[1] & 3) as u8;
-            s.cpl = cpl;
-            s.seg[seg::CS].attributes = s.seg[seg::CS].attributes & !0x60 | u16::from(cpl) << 5;
-        }
-        self.nmi_mask = false;
-        self.change_vintr(|v| v & !vintr::NMI_MASK);
-        Ok(())
     }
 }

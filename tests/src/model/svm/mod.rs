@@ -20,19 +20,21 @@ mod entry;
 mod event;
 mod msr;
 mod ops;
-pub mod state;
+mod save;
 pub mod vmcb;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use super::mem::PhysMem;
 use super::mmu::Mmu;
 use super::tlb::Tag;
-use super::walk::{Access, Context, Fault, Kind, Npt, Second};
+use super::walk::{Access, Context, Fault, Kind, Npt, Second, Vendor};
 
-pub use event::Event;
+use super::cpu::idt::Core;
+pub use super::cpu::state;
+pub use super::cpu::{Event, Lines, Step};
+use super::cpu::{GP, LINE, Trap, UD};
 pub use ops::Op;
 use state::{State, bit};
 
@@ -95,81 +97,6 @@ impl Features {
         ..Self::FULL
     };
 }
-
-/// The CPU's input lines, raised by any thread.
-#[derive(Debug, Default)]
-pub struct Lines {
-    nmi: AtomicBool,
-    smi: AtomicBool,
-    init: AtomicBool,
-    /// 0: none, else vector + 1.
-    intr: AtomicU32,
-}
-
-/// All lines use SeqCst: a test raises a line and then looks at memory, or the other way round, and reasons with one
-/// order of all of it, as an IPI through the bus gives.
-const LINE: Ordering = Ordering::SeqCst;
-
-impl Lines {
-    /// Raises NMI; it stays pending until taken.
-    pub fn nmi(&self) {
-        self.nmi.store(true, LINE);
-    }
-    /// Raises SMI.
-    pub fn smi(&self) {
-        self.smi.store(true, LINE);
-    }
-    /// Raises INIT.
-    pub fn init(&self) {
-        self.init.store(true, LINE);
-    }
-    /// Requests the external interrupt `vector`, or none.
-    pub fn intr(&self, vector: Option<u8>) {
-        self.intr.store(vector.map_or(0, |v| u32::from(v) + 1), LINE);
-    }
-    /// An NMI is pending.
-    pub fn nmi_pending(&self) -> bool {
-        self.nmi.load(LINE)
-    }
-    /// The external interrupt that is requested.
-    pub fn intr_pending(&self) -> Option<u8> {
-        self.intr.load(LINE).checked_sub(1).map(|v| v as u8)
-    }
-}
-
-/// What a step did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// The instruction completed with this result (loads, RDMSR, IN, RDTSC and the like), else 0.
-    Done(u64),
-    /// An event was delivered instead of the instruction: an interrupt, or a fault of the instruction. RIP is the
-    /// handler's. In host mode: the event is reported and nothing else happened.
-    Event(Event),
-    /// The guest exited with this code; the CPU is in host mode, GIF is 0.
-    Exit(u64),
-    /// Halted, nothing to wake it.
-    Idle,
-    /// Shutdown that nothing intercepts: this CPU is gone until reset.
-    Shutdown,
-    /// INIT taken, not intercepted.
-    Init,
-    /// SMI taken, not intercepted.
-    Smi,
-}
-
-/// Why an instruction or a delivery did not complete.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Trap {
-    /// An exception: vector, error code, CR2.
-    Exception(u8, Option<u32>, u64),
-    /// An exit: code, EXITINFO1, EXITINFO2.
-    Exit(u64, u64, u64),
-    /// A software interrupt that is to be delivered.
-    Soft(Event),
-}
-
-const UD: Trap = Trap::Exception(6, None, 0);
-const GP: Trap = Trap::Exception(13, Some(0), 0);
 
 /// The control area as VMRUN loaded it.
 #[derive(Clone, Debug)]
@@ -297,7 +224,7 @@ impl Cpu {
 
     /// The current context's translation.
     pub fn context(&self) -> Context {
-        let linear = self.state.linear(self.features.maxphyaddr, self.features.pages_1g);
+        let linear = self.state.linear(Vendor::Amd, self.features.maxphyaddr, self.features.pages_1g);
         let npt = self.guest.as_ref().and_then(|g| g.ctl.npt);
         Context { linear, second: npt.map_or(Second::Off, Second::Npt) }
     }
@@ -361,6 +288,23 @@ impl Cpu {
         Ok([(a, first), (b, size - first)])
     }
 
+    /// Whether the guest's hypervisor intercepts bit `n` of vector `v` (0: 0x60, 1: 0x80, 2: 0xA0).
+    fn intercepts(&self, v: usize, n: u32) -> bool {
+        self.guest.as_ref().is_some_and(|g| g.ctl.misc[v] & (1 << n) != 0)
+    }
+
+    /// Exits if that bit is set.
+    fn check(&self, v: usize, n: u32) -> Result<(), Trap> {
+        let code = [vmcb::exit::MISC1, vmcb::exit::MISC2, 0xA0][v] + u64::from(n);
+        if self.intercepts(v, n) { Err(Trap::Exit(code, 0, 0)) } else { Ok(()) }
+    }
+}
+
+impl Core for Cpu {
+    fn state(&mut self) -> &mut State {
+        &mut self.state
+    }
+
     fn load(&mut self, mem: &PhysMem, addr: u64, size: u64, user: bool) -> Result<u64, Trap> {
         let [(a, n), (b, m)] = self.span(mem, addr, size, Kind::Read, user)?;
         Ok(mem.read(a, n) | if m == 0 { 0 } else { mem.read(b, m) << (n * 8) })
@@ -375,14 +319,7 @@ impl Cpu {
         Ok(())
     }
 
-    /// Whether the guest's hypervisor intercepts bit `n` of vector `v` (0: 0x60, 1: 0x80, 2: 0xA0).
-    fn intercepts(&self, v: usize, n: u32) -> bool {
-        self.guest.as_ref().is_some_and(|g| g.ctl.misc[v] & (1 << n) != 0)
-    }
-
-    /// Exits if that bit is set.
-    fn check(&self, v: usize, n: u32) -> Result<(), Trap> {
-        let code = [vmcb::exit::MISC1, vmcb::exit::MISC2, 0xA0][v] + u64::from(n);
-        if self.intercepts(v, n) { Err(Trap::Exit(code, 0, 0)) } else { Ok(()) }
+    fn reserve(&mut self, mem: &PhysMem, addr: u64, size: u64) -> Result<(), Trap> {
+        self.span(mem, addr, size, Kind::Write, false).map(drop)
     }
 }

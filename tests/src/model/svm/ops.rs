@@ -4,6 +4,7 @@
 use super::state::bit::*;
 use super::vmcb::{exit, misc1, misc2, vintr};
 use super::{Cpu, Event, GP, Trap, UD};
+use crate::model::cpu::idt::{self, Core};
 use crate::model::mem::PhysMem;
 
 /// An instruction. Operands that the machine keeps in registers are put there before it executes.
@@ -121,7 +122,9 @@ impl Cpu {
             }
             Op::Iret => {
                 self.check(0, misc1::IRET)?;
-                self.iret(mem)?;
+                idt::iret(self, mem)?;
+                self.nmi_mask = false;
+                self.change_vintr(|v| v & !vintr::NMI_MASK);
             }
             _ => return self.exec_misc(mem, op),
         }

@@ -1,6 +1,5 @@
-//! What a CPU's registers are, and which of them VMRUN, #VMEXIT, VMLOAD and VMSAVE move (APM volume 2, 15.5 and 15.6).
+//! The registers of a CPU, of either vendor.
 
-use super::vmcb::{Image, save};
 use crate::model::walk::{Linear, Mode, Vendor};
 
 /// CR0, CR4, EFER and RFLAGS bits.
@@ -57,7 +56,8 @@ pub mod seg {
 pub struct Segment {
     /// Selector.
     pub selector: u16,
-    /// Attributes as the VMCB packs them: type 3:0, S 4, DPL 6:5, P 7, AVL 8, L 9, D 10, G 11.
+    /// Attributes as the VMCB packs them: type 3:0, S 4, DPL 6:5, P 7, AVL 8, L 9, D 10, G 11. On VT-x, bit 15 means
+    /// unusable.
     pub attributes: u16,
     /// Limit in bytes.
     pub limit: u32,
@@ -65,7 +65,7 @@ pub struct Segment {
     pub base: u64,
 }
 
-/// The registers that a VMCB has room for.
+/// The registers that a world switch moves.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct State {
@@ -127,7 +127,7 @@ impl State {
     }
 
     /// The paging that these registers ask for.
-    pub fn linear(&self, maxphyaddr: u8, pages_1g: bool) -> Linear {
+    pub fn linear(&self, vendor: Vendor, maxphyaddr: u8, pages_1g: bool) -> Linear {
         let mode = match (self.cr0 & CR0_PG != 0, self.efer & EFER_LME != 0, self.cr4 & CR4_PAE != 0) {
             (false, _, _) => Mode::Off,
             (true, true, _) if self.cr4 & CR4_LA57 != 0 => Mode::Level5,
@@ -137,7 +137,7 @@ impl State {
         };
         Linear {
             mode,
-            vendor: Vendor::Amd,
+            vendor,
             cr3: self.cr3,
             pdptes: None,
             wp: self.cr0 & CR0_WP != 0,
@@ -150,92 +150,9 @@ impl State {
             maxphyaddr,
         }
     }
-
-    pub(super) fn load_segment(&mut self, image: &Image, n: usize) {
-        let off = save::SEGMENTS + n as u64 * 16;
-        self.seg[n] = Segment {
-            selector: image.get(off, 2) as u16,
-            attributes: image.get(off + 2, 2) as u16 & 0xFFF,
-            limit: image.get(off + 4, 4) as u32,
-            base: sign_extend(image.get(off + 8, 8), 48),
-        };
-    }
-
-    /// What VMRUN loads from the save area; the rest is VMLOAD's.
-    pub(super) fn load(&mut self, image: &Image, nested: bool, lbr: bool) {
-        for n in [seg::ES, seg::CS, seg::SS, seg::DS, seg::GDTR, seg::IDTR] {
-            self.load_segment(image, n);
-        }
-        let get = |off| image.get(off, 8);
-        self.efer = get(save::EFER);
-        self.cr0 = get(save::CR0) | CR0_ET;
-        self.cr2 = get(save::CR2);
-        self.cr3 = get(save::CR3);
-        self.cr4 = get(save::CR4);
-        self.dr6 = get(save::DR6) & !(1 << 12) | 0xFFFF_0FF0;
-        self.dr7 = get(save::DR7) & !0xD800 | 0x400;
-        self.rflags = get(save::RFLAGS) & 0x3F_7FD5 | 2;
-        self.rip = get(save::RIP);
-        self.rsp = get(save::RSP);
-        self.rax = get(save::RAX);
-        // LMA follows from the rest, whatever the VMCB says.
-        let lma = self.efer & EFER_LME != 0 && self.cr0 & CR0_PG != 0;
-        self.efer = self.efer & !EFER_LMA | if lma { EFER_LMA } else { 0 };
-        self.cpl = match (self.cr0 & CR0_PE != 0, self.rflags & FLAG_VM != 0) {
-            (false, _) => 0,
-            (true, true) => 3,
-            (true, false) => image.get(save::CPL, 1) as u8 & 3,
-        };
-        if nested {
-            self.pat = get(save::PAT);
-        }
-        if lbr {
-            self.lbr = std::array::from_fn(|n| get(save::DEBUGCTL + n as u64 * 8));
-        }
-    }
-
-    /// What #VMEXIT writes to the save area: offset, size, value.
-    pub(super) fn stored(&self, nested: bool, lbr: bool) -> Vec<(u64, usize, u64)> {
-        let mut out = Vec::with_capacity(48);
-        for n in [seg::ES, seg::CS, seg::SS, seg::DS, seg::GDTR, seg::IDTR] {
-            self.store_segment(n, &mut out);
-        }
-        out.push((save::CPL, 1, u64::from(self.cpl)));
-        out.extend(
-            [
-                (save::EFER, self.efer),
-                (save::CR0, self.cr0),
-                (save::CR2, self.cr2),
-                (save::CR3, self.cr3),
-                (save::CR4, self.cr4),
-                (save::DR6, self.dr6),
-                (save::DR7, self.dr7),
-                (save::RFLAGS, self.rflags),
-                (save::RIP, self.rip),
-                (save::RSP, self.rsp),
-                (save::RAX, self.rax),
-            ]
-            .map(|(off, value)| (off, 8, value)),
-        );
-        if nested {
-            out.push((save::PAT, 8, self.pat));
-        }
-        if lbr {
-            out.extend(self.lbr.iter().enumerate().map(|(n, v)| (save::DEBUGCTL + n as u64 * 8, 8, *v)));
-        }
-        out
-    }
-
-    pub(super) fn store_segment(&self, n: usize, out: &mut Vec<(u64, usize, u64)>) {
-        let (off, s) = (save::SEGMENTS + n as u64 * 16, self.seg[n]);
-        out.push((off, 2, u64::from(s.selector)));
-        out.push((off + 2, 2, u64::from(s.attributes)));
-        out.push((off + 4, 4, u64::from(s.limit)));
-        out.push((off + 8, 8, s.base));
-    }
 }
 
 /// Sign-extends from bit `top` - 1.
-pub(super) fn sign_extend(value: u64, top: u32) -> u64 {
+pub(crate) fn sign_extend(value: u64, top: u32) -> u64 {
     (((value << (64 - top)) as i64) >> (64 - top)) as u64
 }
