@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use super::mem::PhysMem;
-use super::svm;
+use super::{svm, vmx};
 
 /// `C` is a CPU of one vendor.
 pub struct Machine<C> {
@@ -30,6 +30,24 @@ impl Machine<svm::Cpu> {
 
     /// One step of CPU `n`.
     pub fn step(&mut self, n: usize, op: svm::Op) -> svm::Step {
+        self.cpus[n].step(&self.mem, op)
+    }
+}
+
+impl Machine<vmx::Cpu> {
+    /// `cpus` CPUs with VT-x and `bytes` of memory; each CPU's chance follows `seed` and its number.
+    pub fn intel(cpus: usize, bytes: u64, caps: vmx::Caps, seed: u64) -> Self {
+        let cpu = |n: u64| vmx::Cpu::new(caps, seed.wrapping_add(n << 32));
+        Self { mem: Arc::new(PhysMem::new(bytes)), cpus: (0..cpus as u64).map(cpu).collect() }
+    }
+
+    /// The interrupt lines of every CPU, for threads that kick others.
+    pub fn lines(&self) -> Vec<Arc<vmx::Lines>> {
+        self.cpus.iter().map(|cpu| cpu.lines.clone()).collect()
+    }
+
+    /// One step of CPU `n`.
+    pub fn step(&mut self, n: usize, op: vmx::Op) -> vmx::Step {
         self.cpus[n].step(&self.mem, op)
     }
 }

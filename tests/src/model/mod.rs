@@ -11,6 +11,7 @@
 //! | [`mmu`] | TLB in front of the walks; finds stale hits | one per CPU, `&mut` |
 //! | [`cpu`] | what CPUs have in common: registers, events, interrupt lines | lines: any |
 //! | [`svm`] | an AMD-V CPU that honours a VMCB | one per thread, `&mut` |
+//! | [`vmx`] | a VT-x CPU that honours a VMCS | one per thread, `&mut` |
 //! | [`machine`] | several CPUs around one memory | CPUs are split among threads |
 //! | [`rng`] | seeded numbers | one per user |
 //! | [`tables`] | builds page tables for tests | one per user |
@@ -38,4 +39,5 @@ pub mod rng;
 pub mod svm;
 pub mod tables;
 pub mod tlb;
+pub mod vmx;
 pub mod walk;

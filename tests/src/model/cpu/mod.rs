@@ -1,7 +1,10 @@
 //! What CPUs of both vendors have in common: registers, events, interrupt lines, and delivery through the IDT.
 
 pub(crate) mod idt;
+pub(crate) mod op;
 pub mod state;
+
+pub use op::Op;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -19,6 +22,11 @@ pub enum Event {
 }
 
 impl Event {
+    /// The error code, if there is one.
+    pub(crate) const fn code(self) -> Option<u32> {
+        if let Self::Exception(_, code) = self { code } else { None }
+    }
+
     pub(crate) const fn vector(self) -> u8 {
         match self {
             Self::Interrupt(v) | Self::Exception(v, _) | Self::Soft(v) => v,

@@ -17,6 +17,7 @@ pub mod bit {
     pub const CR4_PSE: u64 = 1 << 4;
     pub const CR4_PAE: u64 = 1 << 5;
     pub const CR4_PGE: u64 = 1 << 7;
+    pub const CR4_VMXE: u64 = 1 << 13;
     pub const CR4_LA57: u64 = 1 << 12;
     pub const CR4_PCIDE: u64 = 1 << 17;
     pub const CR4_OSXSAVE: u64 = 1 << 18;

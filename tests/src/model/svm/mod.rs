@@ -33,9 +33,8 @@ use super::walk::{Access, Context, Fault, Kind, Npt, Second, Vendor};
 
 use super::cpu::idt::Core;
 pub use super::cpu::state;
-pub use super::cpu::{Event, Lines, Step};
+pub use super::cpu::{Event, Lines, Op, Step};
 use super::cpu::{GP, LINE, Trap, UD};
-pub use ops::Op;
 use state::{State, bit};
 
 /// What the CPU can do beyond plain SVM.

@@ -3,94 +3,10 @@
 
 use super::state::bit::*;
 use super::vmcb::{exit, misc1, misc2, vintr};
-use super::{Cpu, Event, GP, Trap, UD};
+use super::{Cpu, Event, GP, Op, Trap, UD};
 use crate::model::cpu::idt::{self, Core};
+use crate::model::cpu::op::{RBX, RCX, RDX};
 use crate::model::mem::PhysMem;
-
-/// An instruction. Operands that the machine keeps in registers are put there before it executes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum Op {
-    Nop,
-    /// A jump inside the code segment: sets RIP.
-    Jump(u64),
-    /// CPUID of the leaf and subleaf; results in EAX, EBX, ECX, EDX.
-    Cpuid(u32, u32),
-    Rdmsr(u32),
-    Wrmsr(u32, u64),
-    /// IN: port and size.
-    In(u16, u8),
-    /// OUT: port, size, value.
-    Out(u16, u8, u32),
-    Hlt,
-    Pause,
-    /// Data read and write of 1 to 8 bytes at CPL.
-    Read(u64, u8),
-    Write(u64, u8, u64),
-    /// A fetch from another address, as a jump would make it; changes nothing.
-    Fetch(u64),
-    MovToCr(u8, u64),
-    MovFromCr(u8),
-    Lmsw(u16),
-    Clts,
-    MovToDr(u8, u64),
-    MovFromDr(u8),
-    Invlpg(u64),
-    Invlpga(u64, u32),
-    /// INVPCID: type, PCID, address.
-    Invpcid(u64, u16, u64),
-    Vmrun(u64),
-    Vmmcall,
-    Vmload(u64),
-    Vmsave(u64),
-    Stgi,
-    Clgi,
-    Skinit,
-    Int3,
-    Intn(u8),
-    Ud2,
-    Iret,
-    Sti,
-    Cli,
-    Pushf,
-    Popf,
-    Rdtsc,
-    Rdtscp,
-    Rdpmc,
-    Wbinvd,
-    Invd,
-    Monitor,
-    Mwait,
-    Xsetbv(u64),
-    /// SIDT, SGDT, SLDT, STR, LIDT, LGDT, LLDT, LTR by number; only the intercept is modelled.
-    Table(u8),
-    /// An instruction that raises this exception.
-    Raise(u8, Option<u32>),
-}
-
-impl Op {
-    /// Length in bytes: that of the plain encoding with operands in registers.
-    pub const fn len(self) -> u64 {
-        match self {
-            Self::Nop | Self::Hlt | Self::Int3 | Self::Sti | Self::Cli | Self::Pushf | Self::Popf => 1,
-            Self::In(..) | Self::Out(..) => 1,
-            Self::Cpuid(..) | Self::Rdmsr(_) | Self::Wrmsr(..) | Self::Pause | Self::Intn(_) | Self::Ud2 => 2,
-            Self::Clts | Self::Rdtsc | Self::Rdpmc | Self::Wbinvd | Self::Invd | Self::Iret | Self::Jump(_) => 2,
-            Self::Invpcid(..) => 5,
-            _ => 3,
-        }
-    }
-
-    /// Never: every instruction has bytes.
-    pub const fn is_empty(self) -> bool {
-        false
-    }
-}
-
-/// RCX, RDX, RBX in `regs`.
-const RCX: usize = 1;
-const RDX: usize = 2;
-const RBX: usize = 3;
 
 impl Cpu {
     pub(super) fn exec(&mut self, mem: &PhysMem, op: Op) -> Result<u64, Trap> {
@@ -232,7 +148,8 @@ impl Cpu {
                 }
                 self.mmu.tlb.invpcid(self.tag().asid, kind, pcid, at);
             }
-            _ => unreachable!("handled before"),
+            // VT-x.
+            _ => return Err(UD),
         }
         Ok(0)
     }

@@ -16,6 +16,7 @@ use super::mem::PhysMem;
 use super::tlb::{Entry, PageSize, Rights};
 
 pub use ept::Ept;
+pub(crate) use linear::pdpte_reserved;
 pub use linear::{Linear, Mode};
 
 /// Whose rules hold where AMD and Intel differ.
