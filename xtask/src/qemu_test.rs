@@ -244,6 +244,10 @@ const WARNINGS: &[&str] = &[
 fn verdict(expect: Expect, cpus: u32, ended: &Ended) -> std::result::Result<(), String> {
     let wanted = match expect {
         Expect::Success => ended.exit() == Some(SUCCESS),
+        Expect::GaveUp(text) => {
+            let said = |line: &str| line.contains("GAVE UP") && line.contains(text);
+            ended.exit().is_none() && ended.emulator.lines().any(said)
+        }
         Expect::Failure(text) => ended.exit() == Some(FAILURE) && ended.output.contains(text),
         Expect::PowerOff(says) => power_off(says, cpus, ended),
     };

@@ -52,6 +52,8 @@ pub enum Expect {
     /// The machine powers off after all of this was printed (`{cpus}` is the number of processors), and no warning of
     /// Linux was.
     PowerOff(&'static [&'static str]),
+    /// L0 gives up, saying this: the control of a check of its own.
+    GaveUp(&'static str),
 }
 
 /// One run of one image.
@@ -109,6 +111,13 @@ const TWO_FILES: &[Module] = &[
 
 const SMALL_L1: &[Module] = &[Module { content: Content::Image("l1"), args: "scenario=all" }];
 
+/// With several processors and direct flush there is nothing that may be skipped.
+const ALL_OF_IT: &[Module] = &[Module { content: Content::Image("l1"), args: "scenario=all skip=no" }];
+
+const ASID_REUSE: &[Module] = &[Module { content: Content::Image("l1"), args: "scenario=asid-reuse" }];
+
+const FLUSH: &[Module] = &[Module { content: Content::Image("l1"), args: "scenario=flush-direct" }];
+
 const RUNTIME_AS_L1: &[Module] = &[Module { content: Content::Image("selftest"), args: "test=boot" }];
 
 /// Debian's Linux as L1, up to a shell at the serial port, where somebody types how to end it.
@@ -140,10 +149,16 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "l0-boot", image: "l0", modules: RUNTIME_AS_L1, ..BASE },
     Scenario { name: "l0-boot-4-processors", image: "l0", modules: RUNTIME_AS_L1, cpus: 4, ..BASE },
     // The small hypervisor and its guests on the L0 hypervisor.
-    Scenario { name: "svm-nested", image: "l0", modules: SMALL_L1, ..BASE },
-    Scenario { name: "svm-nested-4-processors", image: "l0", modules: SMALL_L1, cpus: 4, ..BASE },
-    Scenario { name: "svm-nested", image: "l0", modules: SMALL_L1, machine: Machine::Qemu("EPYC-Rome,+svm"), ..BASE },
+    Scenario { name: "svm-nested", image: "l0", args: "audit", modules: SMALL_L1, ..BASE },
+    Scenario { name: "svm-nested-2-processors", image: "l0", args: "audit", modules: ALL_OF_IT, cpus: 2, timeout: 120, ..BASE },
+    Scenario { name: "svm-nested-4-processors", image: "l0", args: "audit", modules: ALL_OF_IT, cpus: 4, timeout: 180, ..BASE },
+    Scenario { name: "svm-nested", image: "l0", args: "audit", modules: SMALL_L1, machine: Machine::Qemu("EPYC-Rome,+svm"), ..BASE },
     // A kernel that nobody here wrote.
     Scenario { name: "linux-shell", modules: LINUX_SHELL, cpus: 2, typed: Some(POWER_OFF), expect: Expect::PowerOff(&["init: Linux 6.", " on {cpus} processors: shell", "l1# "]), ..LINUX },
+    // Faults that L0 commits on purpose: the controls of the TLB auditor.
+    Scenario { name: "audit-no-tlb-control", image: "l0", args: "audit mutant=no-tlb-control", modules: ASID_REUSE, expect: Expect::GaveUp("audit:"), ..BASE },
+    Scenario { name: "audit-one-asid", image: "l0", args: "audit mutant=one-asid", modules: ASID_REUSE, expect: Expect::GaveUp("without a flush"), ..BASE },
+    Scenario { name: "audit-drain-skipped", image: "l0", args: "audit mutant=drain-skipped", modules: FLUSH, cpus: 2, expect: Expect::GaveUp("audit:"), ..BASE },
+    Scenario { name: "audit-no-kick", image: "l0", args: "audit mutant=no-kick", modules: FLUSH, cpus: 2, expect: Expect::GaveUp("runs on from before it"), ..BASE },
     Scenario { name: "panic", args: "test=panic", expect: Expect::Failure("as asked"), ..BASE },
 ];

@@ -8,6 +8,7 @@ use hw::{cpu, msr, svm};
 use rt::{BootInfo, ExitCode};
 use spin::{Mutex, Once};
 
+use crate::audit;
 use crate::fatal::{self, give_up};
 use nsvm::caps::{Config, Features, Host};
 use nsvm::vmcb::bits::efer;
@@ -19,6 +20,7 @@ use crate::linux;
 use crate::loader::{self, Module, Region};
 use crate::memory;
 use crate::memory::{FOUR_GIB, L1Memory, Range};
+use crate::mutant::Mutant;
 use crate::npt01::{self, Npt01, TablePage};
 use crate::permissions::{IOPM01, MSRPM01};
 use crate::say;
@@ -80,6 +82,10 @@ pub fn main(boot: &'static BootInfo) -> ExitCode {
     let hole = image();
     let map = map_for_l1(boot, hole);
     let shared = SHARED.call_once(|| shared(boot, hole, svm));
+    if shared.audit {
+        let cpus = boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1);
+        audit::start(cpus, crate::vp::SHADOW_PAGES);
+    }
     load_l1(boot, shared, &map);
     let cpus = boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1);
     say!("l0: cpus {cpus} hole {:#x}..{:#x} asids {} svm features {:#x}", hole.start, hole.end, svm.ebx, svm.edx);
@@ -132,6 +138,8 @@ fn shared(boot: &BootInfo, hole: Range, svm: cpu::CpuidResult) -> Shared {
         svm,
         hyperv: HyperV::new(address_bits),
         enlighten,
+        audit: boot.command_line.split_ascii_whitespace().any(|w| w == "audit"),
+        mutant: boot.argument("mutant").and_then(Mutant::named),
         test_hooks: boot.command_line.split_ascii_whitespace().any(|w| w == "test-hooks"),
     }
 }

@@ -33,11 +33,13 @@ use tlfs_abi::hypercall::{HypercallInput, HypercallResult};
 use tlfs_abi::status::HvStatus;
 use tlfs_abi::vp_set::VpSet;
 
+use crate::audit;
 use crate::exits;
 use crate::fatal::{Failure, give_up};
 use crate::ipi::MAX_CPUS;
 use crate::memory::Overlays;
 use crate::mmio;
+use crate::mutant::Mutant;
 use crate::registers::Gprs;
 use crate::shared::Shared;
 use crate::vp::Vp;
@@ -126,14 +128,30 @@ impl HyperV {
 pub struct Calls<'c> {
     flush: FlushCalls<'c, 'static>,
     shared: &'static Shared,
+    vm_id: u64,
+    /// What the auditor was told.
+    audited: Option<audit::Request>,
+}
+
+impl Calls<'_> {
+    #[cold]
+    fn audit(&mut self, target: &FlushTarget<'_>) {
+        self.audited = audit::request(target.level, self.vm_id, |index| target.vps.contains(index));
+    }
 }
 
 impl FlushVirtual for Calls<'_> {
     fn flush_space(&mut self, target: &FlushTarget<'_>) -> Answer {
+        if self.shared.audit {
+            self.audit(target);
+        }
         self.flush.flush_space(target)
     }
 
     fn flush_list(&mut self, target: &FlushTarget<'_>, ranges: &GvaRanges<'_>) -> Answer {
+        if self.shared.audit {
+            self.audit(target);
+        }
         self.flush.flush_list(target, ranges)
     }
 }
@@ -251,11 +269,14 @@ fn perform<C: CallerMemory + ?Sized>(vp: &mut Vp, level: Level, vm_id: u64, memo
     let caller = hyperv.interface.caller(mode(vmcb), level);
     let mut registers = CallRegisters { vmcb, gprs: vp.m.gprs };
     let flush = FlushCalls::new(hyperv.domain, &hyperv.map, vm_id, &mut vp.hyperv.shootdown);
-    let mut calls = Calls { flush, shared };
+    let mut calls = Calls { flush, shared, vm_id, audited: None };
     let outcome = handle(&mut calls, &caller, &mut registers, memory, &mut vp.hyperv.scratch);
-    let posted = calls.flush.posted();
+    let (posted, audited) = (calls.flush.posted(), calls.audited);
     if posted != Posted::Done {
         settle(shared, &mut vp.hyperv.shootdown, posted);
+    }
+    if let (Some(request), Outcome::Complete(_)) = (audited, &outcome) {
+        audit::complete(request);
     }
     outcome
 }
@@ -265,6 +286,9 @@ fn perform<C: CallerMemory + ?Sized>(vp: &mut Vp, level: Level, vm_id: u64, memo
 /// GIF is clear: a kick to this processor is held meanwhile. No one waits for it, as it has left its guest, which it
 /// told before (`LocalFlush::exit`).
 fn settle(shared: &Shared, shootdown: &mut Shootdown, posted: Posted) {
+    if shared.mutant == Some(Mutant::NoKick) {
+        return;
+    }
     for slot in shootdown.kicks() {
         shared.kick(usize::from(slot));
     }

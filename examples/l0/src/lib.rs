@@ -7,6 +7,7 @@
 //! [`boot`] sets everything up, once. [`fatal`] ends a run that cannot go on.
 #![cfg_attr(not(test), no_std)]
 
+pub mod audit;
 pub mod boot;
 pub mod cpuid;
 pub mod debug;
@@ -20,6 +21,7 @@ pub mod linux;
 pub mod loader;
 pub mod memory;
 pub mod mmio;
+pub mod mutant;
 pub mod nested;
 pub mod npt01;
 pub mod permissions;

@@ -8,6 +8,7 @@ use crate::hyperv::HyperV;
 use crate::ipi::Ipis;
 use crate::l1map::IdentityMap;
 use crate::memory::L1Memory;
+use crate::mutant::Mutant;
 use crate::npt01::{Kind, Npt01};
 use nsvm::caps::Config;
 
@@ -44,6 +45,10 @@ pub struct Shared {
     pub enlighten: bool,
     /// Hooks for tests are offered.
     pub test_hooks: bool,
+    /// The TLB auditor is on.
+    pub audit: bool,
+    /// A fault to commit.
+    pub mutant: Option<Mutant>,
 }
 
 impl Shared {

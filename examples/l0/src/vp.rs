@@ -14,11 +14,13 @@ use nsvm::asid::AsidPool;
 use nsvm::npt::NptShadow;
 use nsvm::{Entry, EntryPlan, Machine, MergedMap, NestedSvm, exit_code};
 
+use crate::audit;
 use crate::exits;
 use crate::fatal::Failure;
 use crate::fetch::Fetch;
 use crate::hyperv::{self, VpHyperV};
 use crate::memory::L1Memory;
+use crate::mutant::Mutant;
 use crate::nested;
 use crate::permissions::{IOPM01, MSRPM01};
 use crate::registers::Gprs;
@@ -276,7 +278,9 @@ impl Vp {
             self.events();
         }
         let level = self.nested.route_events(&mut self.m);
-        if let Some(due) = self.flush.enter(level) {
+        if let Some(due) = self.flush.enter(level)
+            && self.shared.mutant != Some(Mutant::DrainSkipped)
+        {
             hyperv::apply(&mut self.nested, &mut self.shadow, level, &due);
             // An overlay page that moved looks like this, too.
             self.m.code.forget();
@@ -331,14 +335,39 @@ impl Vp {
             Level::L1 => self.pa.vmcb01,
             Level::L2 => self.pa.vmcb02,
         };
+        if self.shared.audit {
+            self.audit_entry(plan.level);
+        }
         // SAFETY: GIF is clear since `new`; the addresses are of this VP's own pages; the guest is confined by
         // nested paging to memory that is not L0's.
         unsafe { svm::run(&mut self.m.gprs.0, vmcb, self.pa.vmcb01, self.pa.host_state) };
+        if self.shared.audit {
+            audit::leave(self.id, !exit_code::is_invalid(self.vmcb().control.exit_code));
+        }
         if plan.sync_tpr {
             let tpr = self.vmcb().control.int_ctl & 0xf;
             // SAFETY: four bits of priority; L0 itself takes no interrupts.
             unsafe { cpu::write_cr8(tpr) };
         }
+    }
+
+    /// Commits the fault that was asked for, and tells the auditor what VMRUN is about to be told.
+    #[cold]
+    fn audit_entry(&mut self, level: Level) {
+        let (mutant, id) = (self.shared.mutant, self.id);
+        let nested = self.nested.context();
+        let nested = match level {
+            Level::L1 => (0, 0, 0, 0),
+            Level::L2 => (nested.vm_id, nested.vp_id, nested.asid, nested.n_cr3.unwrap_or(0)),
+        };
+        let control = &mut self.vmcb().control;
+        match mutant {
+            Some(Mutant::NoTlbControl) => control.tlb_control = 0,
+            Some(Mutant::OneAsid) => control.asid = 1,
+            _ => {}
+        }
+        let context = audit::Context { vp: id, level, nested, root: control.n_cr3 };
+        audit::enter(&audit::Run { cpu: id, context, asid: control.asid, tlb_control: control.tlb_control });
     }
 
     /// Takes what other processors sent; waits while L1's processor waits for SIPI.
@@ -453,7 +482,7 @@ fn keep<T>(value: T) -> Result<&'static mut T, Failure> {
 }
 
 /// Pages of shadow tables per VP.
-const SHADOW_PAGES: usize = 128;
+pub const SHADOW_PAGES: usize = 128;
 
 fn shadow_tables() -> Result<NptShadow<'static>, Failure> {
     // SAFETY: zero is a valid shadow page: 512 entries that are not present.
