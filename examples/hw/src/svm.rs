@@ -97,7 +97,6 @@ pub unsafe extern "C" fn run(gprs: *mut Gprs, vmcb: u64, guest_state: u64, host_
         "pop r12",
         "pop rbx",
         "pop rbp",
-        "cld",
         "ret",
         rcx = const offset_of!(Gprs, rcx),
         rdx = const offset_of!(Gprs, rdx),

@@ -19,6 +19,7 @@ use crate::vp::Vp;
 /// Carries out the exit that VMCB01 tells.
 #[inline]
 pub fn l1(vp: &mut Vp) -> Result<(), Failure> {
+    let exit = vp.m.vmcb01.control.exit_code;
     match vp.nested.l1_exit(&mut vp.m) {
         L1Exit::Resume => Ok(()),
         L1Exit::EnterL2(invalidate) => {
@@ -29,7 +30,7 @@ pub fn l1(vp: &mut Vp) -> Result<(), Failure> {
             vp.shadow.flush_asid(asid);
             Ok(())
         }
-        L1Exit::NotMine if vp.m.vmcb01.control.exit_code == code::CPUID => {
+        L1Exit::NotMine if exit == code::CPUID => {
             cpuid_exit(vp);
             Ok(())
         }

@@ -114,40 +114,65 @@ pub struct Nested {
 /// Entries that a walk may read and still be remembered: 4 levels of L2's tables, each through 4 nested ones, and the
 /// nested walk of the last address.
 const STEPS: usize = 24;
+/// Entries of a walk of L1's own tables.
+const L1_STEPS: usize = 4;
 
-/// A remembered walk.
+/// An entry that a walk read: where it is, and what it held.
+type Step = (&'static AtomicU64, u64);
+
+/// An entry that never changes: stands for those that a short walk does not have.
+static NO_STEP: AtomicU64 = AtomicU64::new(0);
+
+/// A remembered walk of up to `N` entries. Its fields are one processor's, which never is in two of its methods at once.
 #[derive(Debug)]
-struct Walk {
+struct Walk<const N: usize> {
     la: Cell<u64>,
     paging: Cell<Paging>,
     nested: Cell<Option<Nested>>,
-    /// Where each entry is, and what it held.
-    path: RefCell<ArrayVec<(&'static AtomicU64, u64), STEPS>>,
+    steps: Cell<usize>,
+    path: [Cell<Step>; N],
     /// The instruction; all of [`MAX_LENGTH`] bytes are in its page. Null: nothing is remembered.
     code: Cell<*const u8>,
 }
 
-impl Walk {
+impl<const N: usize> Walk<N> {
     const fn new() -> Self {
         Self {
             la: Cell::new(0),
             paging: Cell::new(Paging { cr0: 0, cr3: 0, cr4: 0, efer: 0 }),
             nested: Cell::new(None),
-            path: RefCell::new(ArrayVec::new_const()),
+            steps: Cell::new(0),
+            path: [const { Cell::new((&NO_STEP, 0)) }; N],
             code: Cell::new(core::ptr::null()),
         }
     }
 
-    /// The instruction, if this walk is of `la` and would end there again.
-    #[inline]
-    fn code(&self, la: u64, paging: &Paging, nested: Option<Nested>) -> Option<*const u8> {
-        let code = self.code.get();
-        if code.is_null() || self.la.get() != la || self.paging.get() != *paging || self.nested.get() != nested {
-            return None;
-        }
-        let path = self.path.borrow();
+    /// True when this walk is of `la` under `paging`.
+    #[inline(always)]
+    fn is_of(&self, la: u64, paging: &Paging) -> bool {
+        !self.code.get().is_null() && self.la.get() == la && self.paging.get() == *paging
+    }
+
+    /// True when the first `steps` entries still have the values that the walk read.
+    #[inline(always)]
+    fn holds(&self, steps: usize) -> bool {
         // Acquire: the bytes read next are at least as new as the tables.
-        path.iter().all(|(entry, value)| entry.load(Ordering::Acquire) == *value).then_some(code)
+        self.path.iter().take(steps).all(|step| step.get().0.load(Ordering::Acquire) == step.get().1)
+    }
+
+    fn remember(&self, la: u64, paging: &Paging, nested: Option<Nested>, path: &[Step], code: *const u8) {
+        if path.len() > N {
+            return;
+        }
+        self.la.set(la);
+        self.paging.set(*paging);
+        self.nested.set(nested);
+        self.steps.set(path.len());
+        let rest = core::iter::repeat((&NO_STEP, 0));
+        for (to, from) in self.path.iter().zip(path.iter().copied().chain(rest)) {
+            to.set(from);
+        }
+        self.code.set(code);
     }
 }
 
@@ -157,8 +182,8 @@ pub struct Fetch {
     memory: &'static L1Memory,
     /// L1's nested tables for the L2 that runs, when L1 uses nested paging.
     nested: Cell<Option<Nested>>,
-    l1: [Walk; 8],
-    l2: [Walk; 2],
+    l1: [Walk<L1_STEPS>; 8],
+    l2: [Walk<STEPS>; 2],
 }
 
 // SAFETY: moved to its processor once, before it remembers anything; the pointers are to memory that all share.
@@ -176,12 +201,6 @@ impl Fetch {
         self.nested.set(nested);
     }
 
-    /// The tables that L2 runs on.
-    #[inline]
-    pub fn nested(&self) -> Option<Nested> {
-        self.nested.get()
-    }
-
     /// L1's nested tables as a second stage.
     pub fn second_stage(&self) -> Option<NptWalk<'static, L1Memory>> {
         self.nested.get().map(|n| NptWalk { memory: self.memory, format: n.format, ncr3: n.ncr3 })
@@ -189,38 +208,52 @@ impl Fetch {
 
     /// What L1's memory shows at some address changed.
     pub fn forget(&self) {
-        for walk in self.l1.iter().chain(&self.l2) {
-            walk.code.set(core::ptr::null());
-        }
+        self.l1.iter().for_each(|walk| walk.code.set(core::ptr::null()));
+        self.l2.iter().for_each(|walk| walk.code.set(core::ptr::null()));
     }
 
     /// Up to 15 instruction bytes of the guest of `level` in `vmcb`; how many were got.
     #[inline]
     pub fn bytes(&self, level: Level, vmcb: &Vmcb, bytes: &mut [u8; MAX_LENGTH]) -> usize {
-        let (paging, la) = (Paging::of(vmcb), linear_rip(vmcb));
-        let (nested, walk) = match level {
-            Level::L1 => (None, &self.l1[((la >> 1 ^ la >> 4) & 7) as usize]),
-            Level::L2 => (self.nested.get(), &self.l2[(la >> 1 & 1) as usize]),
-        };
-        match walk.code(la, &paging, nested) {
-            Some(code) => {
-                copy_code(code, bytes);
-                MAX_LENGTH
-            }
-            None => self.walk(walk, la, &paging, nested, bytes),
+        match level {
+            Level::L1 => self.l1_bytes(vmcb, bytes),
+            Level::L2 => self.l2_bytes(vmcb, bytes),
         }
+    }
+
+    #[inline(always)]
+    fn l1_bytes(&self, vmcb: &Vmcb, bytes: &mut [u8; MAX_LENGTH]) -> usize {
+        let la = linear_rip(vmcb);
+        let walk = &self.l1[((la >> 1 ^ la >> 4) & 7) as usize];
+        if walk.is_of(la, &Paging::of(vmcb)) && walk.holds(L1_STEPS) {
+            copy_code(walk.code.get(), bytes);
+            return MAX_LENGTH;
+        }
+        self.walk(walk, None, vmcb, bytes)
+    }
+
+    fn l2_bytes(&self, vmcb: &Vmcb, bytes: &mut [u8; MAX_LENGTH]) -> usize {
+        let la = linear_rip(vmcb);
+        let nested = self.nested.get();
+        let walk = &self.l2[(la >> 1 & 1) as usize];
+        if walk.is_of(la, &Paging::of(vmcb)) && walk.nested.get() == nested && walk.holds(walk.steps.get()) {
+            copy_code(walk.code.get(), bytes);
+            return MAX_LENGTH;
+        }
+        self.walk(walk, nested, vmcb, bytes)
     }
 
     /// Walks, and remembers the walk where that is possible.
     #[cold]
-    fn walk(
+    #[inline(never)]
+    fn walk<const N: usize>(
         &self,
-        walk: &Walk,
-        la: u64,
-        paging: &Paging,
+        walk: &Walk<N>,
         nested: Option<Nested>,
+        vmcb: &Vmcb,
         bytes: &mut [u8; MAX_LENGTH],
     ) -> usize {
+        let (la, paging) = (linear_rip(vmcb), Paging::of(vmcb));
         walk.code.set(core::ptr::null());
         let recorder = Recorder { memory: self.memory, path: RefCell::new(ArrayVec::new()), whole: Cell::new(true) };
         let second = |gpa: u64, access| match nested {
@@ -249,11 +282,7 @@ impl Fetch {
             return 0;
         }
         if let (true, Some(code)) = (recorder.whole.get(), self.memory.pointer(at, MAX_LENGTH)) {
-            walk.la.set(la);
-            walk.paging.set(*paging);
-            walk.nested.set(nested);
-            walk.path.replace(recorder.path.into_inner());
-            walk.code.set(code);
+            walk.remember(la, &paging, nested, &recorder.path.borrow(), code);
         }
         MAX_LENGTH
     }
@@ -289,7 +318,7 @@ fn copy_code(code: *const u8, bytes: &mut [u8; MAX_LENGTH]) {
 /// L1's memory, which notes the entries that a walk reads.
 struct Recorder {
     memory: &'static L1Memory,
-    path: RefCell<ArrayVec<(&'static AtomicU64, u64), STEPS>>,
+    path: RefCell<ArrayVec<Step, STEPS>>,
     /// Everything that the walk depends on is in `path`.
     whole: Cell<bool>,
 }

@@ -299,19 +299,29 @@ impl Vp {
         };
         self.enter(&plan);
         self.exits += 1;
-        if exit_code::is_invalid(self.vmcb().control.exit_code) {
-            self.flush.entry_failed();
-        } else {
-            self.flush.exit();
-        }
         match plan.level {
-            Level::L1 => exits::l1(self),
+            Level::L1 => {
+                self.left(exit_code::is_invalid(self.m.vmcb01.control.exit_code));
+                exits::l1(self)
+            }
             Level::L2 => {
-                if !exit_code::is_invalid(self.m.vmcb02.control.exit_code) {
+                let refused = exit_code::is_invalid(self.m.vmcb02.control.exit_code);
+                self.left(refused);
+                if !refused {
                     self.shadow.tag_retired();
                 }
                 nested::l2(self)
             }
+        }
+    }
+
+    /// The guest left, or its entry was refused.
+    #[inline]
+    fn left(&mut self, refused: bool) {
+        if refused {
+            self.flush.entry_failed();
+        } else {
+            self.flush.exit();
         }
     }
 
