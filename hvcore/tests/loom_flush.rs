@@ -7,6 +7,7 @@
 //! returned. A use that is not ordered before the flush's return is a race, and loom finds it. A guest that runs leaves
 //! only when it is kicked or when nobody waits for it, so a lost kick is an endless loop, which loom finds too.
 #![cfg(loom)]
+#![allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::unwrap_used, clippy::panic)]
 
 use hvcore::addr::{L1Gpa, Level};
 use hvcore::flush::mutant::{self, Mutant};

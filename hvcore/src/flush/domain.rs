@@ -1,11 +1,14 @@
 //! A partition's VPs, and the three kinds of request. Called by hypercall handlers and by the embedder; uses the rest
 //! of the folder.
 
-use super::index::TargetIndex;
+use super::index::{TargetIndex, VmIndex};
 use super::mutant::{self, Mutant};
-use super::post::{Fill, Kind, L1Gva, L2Gva, L2SecondStage, Many, Nothing, One, Prepared, post};
+use super::post::{
+    Fill, Kind, L1Gva, L2Gva, L2SecondStage, Many, Nothing, One, Prepared, judge, post, post_behind, post_quick,
+    simply_runs,
+};
 use super::queue::GvaQueue;
-use super::range::SecondStageItem;
+use super::range::{Packed, SecondStageItem, pack};
 use super::shootdown::{Bits, Posted, Shootdown, Tally};
 use super::sync::{AtomicU64, Ordering, fence};
 use super::vp::{LocalFlush, VpFlush};
@@ -14,7 +17,7 @@ use crate::addr::L1Gpa;
 use crate::vp_index::{Lookup, VpIndexMap};
 use arrayvec::ArrayVec;
 use tlfs_abi::flush::RangeFormat;
-use tlfs_abi::vp_set::{SparseVpSet, VpSet};
+use tlfs_abi::vp_set::{SparseVpSet, VPS_PER_BANK, VpSet};
 
 /// Which GVA translations a request is about. The address space that a call names is not part of it: ranges are flushed
 /// in every address space of the tag, which is legal and what hardware offers.
@@ -64,35 +67,6 @@ pub struct FlushDomain<'a, const DEPTH: usize = 16> {
     index: TargetIndex<'a>,
 }
 
-/// The tally of targets that come one by one, in any order of slots.
-struct Scatter<'s> {
-    to: &'s mut Shootdown,
-    at: usize,
-    tally: Tally,
-}
-
-impl<'s> Scatter<'s> {
-    #[inline]
-    fn new(to: &'s mut Shootdown) -> Self {
-        Self { to, at: 0, tally: Tally::default() }
-    }
-
-    #[inline]
-    fn at(&mut self, slot: u16) -> &mut Tally {
-        let at = usize::from(slot >> 6);
-        if at != self.at {
-            self.to.add(self.at, core::mem::take(&mut self.tally));
-            self.at = at;
-        }
-        &mut self.tally
-    }
-
-    #[inline]
-    fn finish(self) {
-        self.to.add(self.at, self.tally);
-    }
-}
-
 impl<'a, const DEPTH: usize> FlushDomain<'a, DEPTH> {
     /// The domain of `vps` (a VP's slot is its position there) with an index made for as many.
     pub const fn new(vps: &'a [VpFlush<DEPTH>], index: TargetIndex<'a>) -> Self {
@@ -128,7 +102,7 @@ impl<'a, const DEPTH: usize> FlushDomain<'a, DEPTH> {
     pub fn flush_l2(&self, vm_id: u64, set: VpSet<'_>, scope: GvaScope<'_>, scratch: &mut Shootdown) -> Posted {
         scratch.begin(word::MODE_L2, word::IPI_L2);
         Self::fence();
-        self.prepared::<L2Gva>(scope, L2Targets { vm_id, set }, scratch)
+        self.prepared::<L2Gva>(scope, L2Targets { index: &self.index, vm_id, set }, scratch)
     }
 
     /// Flushes second-stage translations on all VPs that have ever run an L2.
@@ -139,10 +113,18 @@ impl<'a, const DEPTH: usize> FlushDomain<'a, DEPTH> {
         match items {
             Some(items) if items.is_empty() => (),
             Some(items) => {
-                Nested.each::<DEPTH, L2SecondStage, _>(self, &Many(&items), word::L2_SECOND_STAGE.list, scratch);
+                Nested.each::<L2SecondStage, _>(self.job(
+                    Many(&items),
+                    word::L2_SECOND_STAGE.list | word::IPI_L2,
+                    scratch,
+                ));
             }
             None => {
-                Nested.each::<DEPTH, L2SecondStage, _>(self, &Nothing, word::L2_SECOND_STAGE.everything, scratch);
+                Nested.each::<L2SecondStage, _>(self.job(
+                    Nothing,
+                    word::L2_SECOND_STAGE.everything | word::IPI_L2,
+                    scratch,
+                ));
             }
         }
         scratch.posted()
@@ -158,7 +140,12 @@ impl<'a, const DEPTH: usize> FlushDomain<'a, DEPTH> {
     }
 
     #[inline]
-    fn prepared<K>(&self, scope: GvaScope<'_>, targets: impl Targets, scratch: &mut Shootdown) -> Posted
+    fn job<'j, F>(&'j self, fill: F, marks: u64, scratch: &'j mut Shootdown) -> Job<'j, F, DEPTH> {
+        Job { vps: self.vps, fill, marks, scratch }
+    }
+
+    #[inline]
+    fn prepared<K>(&self, scope: GvaScope<'_>, targets: impl Targets<DEPTH>, scratch: &mut Shootdown) -> Posted
     where
         K: Kind<DEPTH, Queue = GvaQueue<DEPTH>>,
     {
@@ -166,62 +153,108 @@ impl<'a, const DEPTH: usize> FlushDomain<'a, DEPTH> {
         let mark = match scope {
             GvaScope::Everything => everything,
             GvaScope::EverythingNonGlobal => non_global,
+            GvaScope::Ranges { format, entries: [entry] } => match pack(*entry, format) {
+                Packed::Nothing => return Posted::Done,
+                Packed::Everything => everything,
+                Packed::Word(word) => {
+                    targets.each::<K, _>(self.job(One(word), list | K::IPI, scratch));
+                    return scratch.posted();
+                }
+            },
             GvaScope::Ranges { format, entries } => match Prepared::<DEPTH>::new(entries, format) {
                 Prepared::Nothing => return Posted::Done,
                 Prepared::Everything => everything,
                 Prepared::Words(words) => {
-                    match words.as_slice() {
-                        [word] => targets.each::<DEPTH, K, _>(self, &One(*word), list, scratch),
-                        words => targets.each::<DEPTH, K, _>(self, &Many(words), list, scratch),
-                    }
+                    targets.each::<K, _>(self.job(Many(words.as_slice()), list | K::IPI, scratch));
                     return scratch.posted();
                 }
             },
         };
-        targets.each::<DEPTH, K, _>(self, &Nothing, mark, scratch);
+        targets.each::<K, _>(self.job(Nothing, mark | K::IPI, scratch));
         scratch.posted()
+    }
+}
+
+/// One request on its way to its targets.
+struct Job<'j, F, const DEPTH: usize> {
+    vps: &'j [VpFlush<DEPTH>],
+    fill: F,
+    marks: u64,
+    scratch: &'j mut Shootdown,
+}
+
+impl<F, const DEPTH: usize> Job<'_, F, DEPTH> {
+    /// Posts to the VP in `slot` if `wanted` says so. All that is unusual is done at the end of a call chain, so that the
+    /// usual saves no registers.
+    #[inline(never)]
+    fn one<K: Kind<DEPTH>>(&mut self, slot: usize, wanted: impl Fn(&VpFlush<DEPTH>) -> bool)
+    where
+        F: Fill<K::Queue>,
+    {
+        let Some(vp) = self.vps.get(slot) else { return };
+        if !wanted(vp) {
+            return;
+        }
+        match post_quick::<DEPTH, K, F>(vp, &self.fill, self.marks) {
+            Some(old) if simply_runs::<DEPTH, K>(old) => self.scratch.add_kick(slot),
+            Some(old) => self.judged::<K>(slot, vp, old),
+            None => self.behind::<K>(slot, vp),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn behind<K: Kind<DEPTH>>(&mut self, slot: usize, vp: &VpFlush<DEPTH>)
+    where
+        F: Fill<K::Queue>,
+    {
+        let old = post_behind::<DEPTH, K, F>(vp, &self.fill, self.marks);
+        self.judged::<K>(slot, vp, old);
+    }
+
+    #[inline(never)]
+    fn judged<K: Kind<DEPTH>>(&mut self, slot: usize, vp: &VpFlush<DEPTH>, old: u64) {
+        self.scratch.add_one(slot, judge(vp, old, K::MODE, K::IPI));
     }
 
     /// Posts to the slots of word `at` of a bitmap that `wanted` says.
     #[inline]
-    fn word<K, F>(
-        &self,
-        at: usize,
-        word: u64,
-        wanted: impl Fn(&VpFlush<DEPTH>) -> bool,
-        fill: &F,
-        mark: u64,
-        scratch: &mut Shootdown,
-    ) where
-        K: Kind<DEPTH>,
+    fn word<K: Kind<DEPTH>>(&mut self, at: usize, word: u64, wanted: impl Fn(&VpFlush<DEPTH>) -> bool)
+    where
         F: Fill<K::Queue>,
     {
-        let rest = self.vps.get(at.wrapping_mul(64)..).unwrap_or_default();
+        let chunk = self.vps.get(at.wrapping_mul(64)..).unwrap_or_default();
         let mut tally = Tally::default();
-        for bit in Bits(word) {
-            let Some(vp) = rest.get(usize::from(bit)) else { break };
-            if wanted(vp) {
-                post::<DEPTH, K, F>(vp, fill, mark, 1 << bit, &mut tally);
+        // A whole chunk needs no check of bounds for each target.
+        if let Some(chunk) = chunk.first_chunk::<64>() {
+            let mut rest = word;
+            while let Some(bits) = core::num::NonZeroU64::new(rest) {
+                let bit = bits.trailing_zeros();
+                rest &= rest.wrapping_sub(1);
+                let Some(vp) = chunk.get(bit as usize) else { break };
+                if wanted(vp) {
+                    tally.count(bit as u16, post::<DEPTH, K, F>(vp, &self.fill, self.marks));
+                }
+            }
+        } else {
+            for bit in Bits(word) {
+                let Some(vp) = chunk.get(usize::from(bit)) else { break };
+                if wanted(vp) {
+                    tally.count(bit, post::<DEPTH, K, F>(vp, &self.fill, self.marks));
+                }
             }
         }
-        scratch.add(at, tally);
+        self.scratch.add(at, tally);
     }
 
     /// Posts to the slots of a bitmap that `wanted` says.
     #[inline]
-    fn bitmap<K, F>(
-        &self,
-        bitmap: &[AtomicU64],
-        wanted: impl Fn(&VpFlush<DEPTH>) -> bool,
-        fill: &F,
-        mark: u64,
-        scratch: &mut Shootdown,
-    ) where
-        K: Kind<DEPTH>,
+    fn bitmap<K: Kind<DEPTH>>(&mut self, bitmap: &[AtomicU64], wanted: impl Fn(&VpFlush<DEPTH>) -> bool)
+    where
         F: Fill<K::Queue>,
     {
         for (at, word) in bitmap.iter().enumerate() {
-            self.word::<K, F>(at, word.load(Ordering::Acquire), &wanted, fill, mark, scratch);
+            self.word::<K>(at, word.load(Ordering::Acquire), &wanted);
         }
     }
 }
@@ -254,14 +287,8 @@ fn second_stage_items<const DEPTH: usize>(scope: SecondStageScope<'_>) -> Option
 }
 
 /// A set of targets: posts a request to each.
-trait Targets {
-    fn each<const DEPTH: usize, K: Kind<DEPTH>, F: Fill<K::Queue>>(
-        &self,
-        domain: &FlushDomain<'_, DEPTH>,
-        fill: &F,
-        mark: u64,
-        scratch: &mut Shootdown,
-    );
+trait Targets<const DEPTH: usize> {
+    fn each<K: Kind<DEPTH>, F: Fill<K::Queue>>(&self, job: Job<'_, F, DEPTH>);
 }
 
 /// VPs by VP index. One that is not online yet has no translations.
@@ -270,37 +297,27 @@ struct L1Targets<'t> {
     set: VpSet<'t>,
 }
 
-impl Targets for L1Targets<'_> {
+impl<const DEPTH: usize> Targets<DEPTH> for L1Targets<'_> {
     #[inline]
-    fn each<const DEPTH: usize, K: Kind<DEPTH>, F: Fill<K::Queue>>(
-        &self,
-        domain: &FlushDomain<'_, DEPTH>,
-        fill: &F,
-        mark: u64,
-        scratch: &mut Shootdown,
-    ) {
+    fn each<K: Kind<DEPTH>, F: Fill<K::Queue>>(&self, mut job: Job<'_, F, DEPTH>) {
         for (bank, known) in self.map.banks(&self.set) {
-            let at = bank as usize;
             if let Some(slots) = self.map.slot_word(known) {
-                domain.word::<K, F>(at, slots, |_| true, fill, mark, scratch);
+                job.word::<K>(bank as usize, slots, |_| true);
                 continue;
             }
-            let mut scatter = Scatter::new(scratch);
             for bit in Bits(known) {
-                let Lookup::Known(slot) = self.map.lookup(bank.wrapping_mul(64).wrapping_add(u32::from(bit))) else {
-                    continue;
-                };
-                let Some(vp) = domain.vps.get(slot.number()) else { continue };
-                let slot = slot.number() as u16;
-                post::<DEPTH, K, F>(vp, fill, mark, 1 << (slot & 63), scatter.at(slot));
+                let vp_index = bank.wrapping_mul(VPS_PER_BANK) | u32::from(bit);
+                if let Lookup::Known(slot) = self.map.lookup(vp_index) {
+                    job.one::<K>(slot.number(), |_| true);
+                }
             }
-            scatter.finish();
         }
     }
 }
 
 /// VPs by the context they hold translations of.
 struct L2Targets<'t> {
+    index: &'t TargetIndex<'t>,
     vm_id: u64,
     set: VpSet<'t>,
 }
@@ -311,82 +328,64 @@ impl L2Targets<'_> {
     fn named<const DEPTH: usize, K: Kind<DEPTH>, F: Fill<K::Queue>>(
         &self,
         set: SparseVpSet<'_>,
-        domain: &FlushDomain<'_, DEPTH>,
-        fill: &F,
-        mark: u64,
-        scratch: &mut Shootdown,
+        vm: VmIndex<'_>,
+        job: &mut Job<'_, F, DEPTH>,
     ) {
-        let mut scatter = Scatter::new(scratch);
-        for vp_id in set {
-            domain.index.named(self.vm_id, vp_id, |slot| {
-                if let Some(vp) = domain.vps.get(usize::from(slot))
-                    && vp.identity.is(self.vm_id, vp_id)
-                {
-                    post::<DEPTH, K, F>(vp, fill, mark, 1 << (slot & 63), scatter.at(slot));
-                }
-            });
+        for (bank, word) in set.iter_banks() {
+            for bit in Bits(word) {
+                let vp_id = bank.wrapping_mul(VPS_PER_BANK) | u32::from(bit);
+                vm.named(vp_id, |slot| job.one::<K>(usize::from(slot), |vp| vp.identity.is(self.vm_id, vp_id)));
+            }
         }
-        scatter.finish();
-        let overflow = domain.index.overflow();
+        let overflow = self.index.overflow();
         if !overflow.is_empty() {
-            self.scan::<DEPTH, K, F>(overflow, set, domain, fill, mark, scratch);
+            self.scan::<DEPTH, K, F>(overflow, set, job);
         }
     }
 
     /// Looks at each VP of a bitmap.
+    #[inline(never)]
     fn scan<const DEPTH: usize, K: Kind<DEPTH>, F: Fill<K::Queue>>(
         &self,
         bitmap: &[AtomicU64],
         set: SparseVpSet<'_>,
-        domain: &FlushDomain<'_, DEPTH>,
-        fill: &F,
-        mark: u64,
-        scratch: &mut Shootdown,
+        job: &mut Job<'_, F, DEPTH>,
     ) {
-        let wanted = |vp: &VpFlush<DEPTH>| {
+        job.bitmap::<K>(bitmap, |vp| {
             vp.identity.is_of_vm(self.vm_id) && vp.identity.vp_id().is_some_and(|vp_id| set.contains(vp_id))
-        };
-        domain.bitmap::<K, F>(bitmap, wanted, fill, mark, scratch);
+        });
     }
 }
 
-impl Targets for L2Targets<'_> {
+impl<const DEPTH: usize> Targets<DEPTH> for L2Targets<'_> {
     #[inline]
-    fn each<const DEPTH: usize, K: Kind<DEPTH>, F: Fill<K::Queue>>(
-        &self,
-        domain: &FlushDomain<'_, DEPTH>,
-        fill: &F,
-        mark: u64,
-        scratch: &mut Shootdown,
-    ) {
-        let of_vm = domain.index.of_vm(self.vm_id);
+    fn each<K: Kind<DEPTH>, F: Fill<K::Queue>>(&self, mut job: Job<'_, F, DEPTH>) {
+        let vm = self.index.vm(self.vm_id);
         match self.set {
-            VpSet::All => {
-                domain.bitmap::<K, F>(of_vm, |vp| vp.identity.is_of_vm(self.vm_id), fill, mark, scratch);
+            VpSet::All => job.bitmap::<K>(vm.slots(), |vp| vp.identity.is_of_vm(self.vm_id)),
+            VpSet::Sparse(set) if names_more_than(set, vm.count()) => {
+                self.scan::<DEPTH, K, F>(vm.slots(), set, &mut job);
             }
-            // A set that names more than there are: look at those that there are.
-            VpSet::Sparse(set) if u64::from(set.count()) > domain.index.count(self.vm_id) => {
-                self.scan::<DEPTH, K, F>(of_vm, set, domain, fill, mark, scratch);
-            }
-            VpSet::Sparse(set) => self.named::<DEPTH, K, F>(set, domain, fill, mark, scratch),
+            VpSet::Sparse(set) => self.named::<DEPTH, K, F>(set, vm, &mut job),
         }
     }
+}
+
+/// True when the set names more than `there_are`: then it is quicker to look at those that there are.
+#[inline]
+fn names_more_than(set: SparseVpSet<'_>, there_are: u64) -> bool {
+    // Most often the banks have no room for that many; counting costs more.
+    let room = (set.banks().len() as u64).wrapping_mul(64);
+    room > there_are && u64::from(set.count()) > there_are
 }
 
 /// All VPs that have run an L2.
 struct Nested;
 
-impl Targets for Nested {
-    fn each<const DEPTH: usize, K: Kind<DEPTH>, F: Fill<K::Queue>>(
-        &self,
-        domain: &FlushDomain<'_, DEPTH>,
-        fill: &F,
-        mark: u64,
-        scratch: &mut Shootdown,
-    ) {
-        let wanted = |vp: &VpFlush<DEPTH>| vp.word.load(Ordering::Relaxed) & word::NESTED != 0;
-        for at in 0..domain.vps.len().div_ceil(64) {
-            domain.word::<K, F>(at, !0, wanted, fill, mark, scratch);
+impl<const DEPTH: usize> Targets<DEPTH> for Nested {
+    fn each<K: Kind<DEPTH>, F: Fill<K::Queue>>(&self, mut job: Job<'_, F, DEPTH>) {
+        for at in 0..job.vps.len().div_ceil(64) {
+            job.word::<K>(at, !0, |vp| vp.word.load(Ordering::Relaxed) & word::NESTED != 0);
         }
     }
 }

@@ -36,11 +36,15 @@ pub struct NestedContext {
 #[derive(Debug)]
 pub struct VpIdentity {
     vm_id: AtomicU64,
-    /// VP_ID in the low half, [`VALID`] above it.
+    /// VP_ID + 1, or zero when there is no context.
     vp_id: AtomicU64,
 }
 
-const VALID: u64 = 1 << 32;
+/// How a VP_ID is kept.
+#[inline]
+const fn key(vp_id: u32) -> u64 {
+    (vp_id as u64).wrapping_add(1)
+}
 
 impl VpIdentity {
     const_outside_loom! {
@@ -51,7 +55,7 @@ impl VpIdentity {
 
     pub(super) fn publish(&self, ids: NestedIds) {
         self.vm_id.store(ids.vm_id, Ordering::Release);
-        self.vp_id.store(VALID | u64::from(ids.vp_id), Ordering::Relaxed);
+        self.vp_id.store(key(ids.vp_id), Ordering::Relaxed);
     }
 
     pub(super) fn withdraw(&self) {
@@ -67,14 +71,13 @@ impl VpIdentity {
     /// True when the VP's context has these ids.
     #[inline]
     pub(super) fn is(&self, vm_id: u64, vp_id: u32) -> bool {
-        self.is_of_vm(vm_id) && self.vp_id.load(Ordering::Acquire) == VALID | u64::from(vp_id)
+        self.is_of_vm(vm_id) && self.vp_id.load(Ordering::Acquire) == key(vp_id)
     }
 
     /// The VP_ID, when there is a context.
     #[inline]
     pub(super) fn vp_id(&self) -> Option<u32> {
-        let raw = self.vp_id.load(Ordering::Acquire);
-        if raw & VALID != 0 { Some(raw as u32) } else { None }
+        self.vp_id.load(Ordering::Acquire).checked_sub(1).map(|vp_id| vp_id as u32)
     }
 }
 
@@ -101,8 +104,10 @@ impl Place {
     pub(super) const NONE: Self = Self::None;
 }
 
-/// Lanes of 16 bits in a bucket, each the slot of a VP plus one, or zero.
+/// Lanes of 16 bits in a bucket, each [`TAKEN`] and the slot of a VP, or zero.
 const LANES: u32 = 4;
+const TAKEN: u64 = 1 << 15;
+const SLOT: u16 = 0xFFF;
 
 /// The index, over storage of the embedder. All zero at the start.
 ///
@@ -157,25 +162,23 @@ impl<'a> TargetIndex<'a> {
         Ok(Self { buckets, groups: own, overflow, group_words, group_mask, bucket_mask })
     }
 
+    /// The part of the index that is about one VM.
     #[inline]
-    fn bucket(&self, vm_id: u64, vp_id: u32) -> Option<&'a AtomicU64> {
-        let at = mix(vm_id).wrapping_add(u64::from(vp_id)) & self.bucket_mask;
-        self.buckets.get(at as usize)
-    }
-
-    #[inline]
-    fn group(&self, vm_id: u64) -> &'a [AtomicU64] {
-        let first = ((mix(vm_id) >> 32 & self.group_mask) as usize).wrapping_mul(self.group_words);
-        self.groups.get(first..first.wrapping_add(self.group_words)).unwrap_or_default()
+    pub(super) fn vm(&self, vm_id: u64) -> VmIndex<'a> {
+        let base = mix(vm_id);
+        let first = ((base >> 32 & self.group_mask) as usize).wrapping_mul(self.group_words);
+        let group = self.groups.get(first..first.wrapping_add(self.group_words)).unwrap_or_default();
+        VmIndex { buckets: self.buckets, base, mask: self.bucket_mask, group }
     }
 
     /// Adds the VP in `slot`, under ids that it has published. For the VP itself.
     pub(super) fn insert(&self, slot: u16, ids: NestedIds) -> Place {
-        Self::mark(self.group(ids.vm_id), slot, true);
-        if ids.vp_id >= MAX_VP_INDEX {
+        let vm = self.vm(ids.vm_id);
+        Self::mark(vm.group, slot, true);
+        if ids.vp_id >= MAX_VP_INDEX || u32::from(slot) >= MAX_VP_INDEX {
             return Place::None;
         }
-        if let Some(lane) = self.bucket(ids.vm_id, ids.vp_id).and_then(|bucket| Self::take_lane(bucket, slot)) {
+        if let Some(lane) = vm.bucket(ids.vp_id).and_then(|bucket| Self::take_lane(bucket, slot)) {
             return Place::Lane(lane);
         }
         Self::mark(self.overflow, slot, true);
@@ -184,8 +187,9 @@ impl<'a> TargetIndex<'a> {
 
     /// Removes the VP in `slot`, which was inserted at `place` under `ids`. For the VP itself.
     pub(super) fn remove(&self, slot: u16, ids: NestedIds, place: Place) {
-        Self::mark(self.group(ids.vm_id), slot, false);
-        match (place, self.bucket(ids.vm_id, ids.vp_id)) {
+        let vm = self.vm(ids.vm_id);
+        Self::mark(vm.group, slot, false);
+        match (place, vm.bucket(ids.vp_id)) {
             (Place::Lane(lane), Some(bucket)) => {
                 bucket.fetch_and(!(0xFFFF << lane.wrapping_mul(16)), Ordering::Release);
             }
@@ -199,7 +203,7 @@ impl<'a> TargetIndex<'a> {
         let mut seen = bucket.load(Ordering::Relaxed);
         for _ in 0..16 {
             let lane = (0..LANES).find(|lane| seen >> lane.wrapping_mul(16) & 0xFFFF == 0)?;
-            let new = seen | u64::from(slot).wrapping_add(1) << lane.wrapping_mul(16);
+            let new = seen | (TAKEN | u64::from(slot & SLOT)) << lane.wrapping_mul(16);
             match bucket.compare_exchange(seen, new, Ordering::Relaxed, Ordering::Relaxed) {
                 Ok(_) => return Some(lane),
                 Err(now) => seen = now,
@@ -222,18 +226,6 @@ impl<'a> TargetIndex<'a> {
         }
     }
 
-    /// Number of VPs in the VM's group: at least those of the VM.
-    #[inline]
-    pub(super) fn count(&self, vm_id: u64) -> u64 {
-        self.group(vm_id).first().map_or(0, |count| count.load(Ordering::Relaxed))
-    }
-
-    /// The bitmap of slots that may be of this VM.
-    #[inline]
-    pub(super) fn of_vm(&self, vm_id: u64) -> &'a [AtomicU64] {
-        self.group(vm_id).get(1..).unwrap_or_default()
-    }
-
     /// The bitmap of slots that found their bucket full, or nothing when there is none.
     #[inline]
     pub(super) fn overflow(&self) -> &'a [AtomicU64] {
@@ -242,18 +234,44 @@ impl<'a> TargetIndex<'a> {
             _ => &[],
         }
     }
+}
 
-    /// Hands `each` the slots that may have these ids, the overflow excepted.
+/// The index of one VM.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct VmIndex<'a> {
+    buckets: &'a [AtomicU64],
+    base: u64,
+    mask: u64,
+    group: &'a [AtomicU64],
+}
+
+impl<'a> VmIndex<'a> {
     #[inline]
-    pub(super) fn named(&self, vm_id: u64, vp_id: u32, mut each: impl FnMut(u16)) {
-        let Some(bucket) = self.bucket(vm_id, vp_id) else { return };
+    fn bucket(&self, vp_id: u32) -> Option<&'a AtomicU64> {
+        self.buckets.get((self.base.wrapping_add(u64::from(vp_id)) & self.mask) as usize)
+    }
+
+    /// Number of VPs in the VM's group: at least those of the VM.
+    #[inline]
+    pub(super) fn count(&self) -> u64 {
+        self.group.first().map_or(0, |count| count.load(Ordering::Relaxed))
+    }
+
+    /// The bitmap of slots that may be of this VM.
+    #[inline]
+    pub(super) fn slots(&self) -> &'a [AtomicU64] {
+        self.group.get(1..).unwrap_or_default()
+    }
+
+    /// Hands `each` the slots that may have this VP_ID, the overflow excepted.
+    #[inline(always)]
+    pub(super) fn named(&self, vp_id: u32, mut each: impl FnMut(u16)) {
+        let Some(bucket) = self.bucket(vp_id) else { return };
         let mut lanes = bucket.load(Ordering::Acquire);
         while lanes != 0 {
-            let slot = lanes as u16;
+            // An empty lane below a full one reads as slot 0, which is verified like any other.
+            each(lanes as u16 & SLOT);
             lanes >>= 16;
-            if let Some(slot) = slot.checked_sub(1) {
-                each(slot);
-            }
         }
     }
 }

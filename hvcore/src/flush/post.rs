@@ -1,9 +1,8 @@
 //! Posting a request to one target: queue entry, then mark. Used by `domain.rs`.
 
 use super::mutant::{self, Mutant};
-use super::queue::GvaQueue;
+use super::queue::{GvaQueue, SecondStageQueue};
 use super::range::{Packed, pack};
-use super::shootdown::Tally;
 use super::sync::Ordering;
 use super::vp::VpFlush;
 use super::word::{self, Marks};
@@ -52,7 +51,7 @@ impl<const DEPTH: usize> Kind<DEPTH> for L2SecondStage {
     const MODE: u64 = word::MODE_L2;
     const IPI: u64 = word::IPI_L2;
     const MARKS: Marks = word::L2_SECOND_STAGE;
-    type Queue = super::queue::SecondStageQueue<DEPTH>;
+    type Queue = SecondStageQueue<DEPTH>;
     #[inline(always)]
     fn queue(vp: &VpFlush<DEPTH>) -> &Self::Queue {
         &vp.second_stage
@@ -61,8 +60,11 @@ impl<const DEPTH: usize> Kind<DEPTH> for L2SecondStage {
 
 /// What goes into a queue.
 pub(super) trait Fill<Q> {
-    /// False when it does not fit.
+    /// The quick attempt; false when it did not work, and nothing, or only a part, is in.
     fn fill(&self, queue: &Q) -> bool;
+
+    /// The other attempt, when the quick one did not work; false when it does not fit.
+    fn fill_behind(&self, queue: &Q) -> bool;
 }
 
 /// One GVA range.
@@ -75,7 +77,12 @@ pub(super) struct Nothing;
 impl<const DEPTH: usize> Fill<GvaQueue<DEPTH>> for One {
     #[inline(always)]
     fn fill(&self, queue: &GvaQueue<DEPTH>) -> bool {
-        queue.push_one(self.0)
+        queue.push_first(self.0)
+    }
+
+    #[inline]
+    fn fill_behind(&self, queue: &GvaQueue<DEPTH>) -> bool {
+        queue.push_all(&[self.0])
     }
 }
 
@@ -84,18 +91,30 @@ impl<const DEPTH: usize> Fill<GvaQueue<DEPTH>> for Many<'_, u64> {
     fn fill(&self, queue: &GvaQueue<DEPTH>) -> bool {
         queue.push_all(self.0)
     }
+
+    fn fill_behind(&self, _queue: &GvaQueue<DEPTH>) -> bool {
+        false
+    }
 }
 
-impl<const DEPTH: usize> Fill<super::queue::SecondStageQueue<DEPTH>> for Many<'_, (u64, u64)> {
+impl<const DEPTH: usize> Fill<SecondStageQueue<DEPTH>> for Many<'_, (u64, u64)> {
     #[inline]
-    fn fill(&self, queue: &super::queue::SecondStageQueue<DEPTH>) -> bool {
+    fn fill(&self, queue: &SecondStageQueue<DEPTH>) -> bool {
         queue.push_all(self.0)
+    }
+
+    fn fill_behind(&self, _queue: &SecondStageQueue<DEPTH>) -> bool {
+        false
     }
 }
 
 impl<Q> Fill<Q> for Nothing {
     #[inline(always)]
     fn fill(&self, _queue: &Q) -> bool {
+        true
+    }
+
+    fn fill_behind(&self, _queue: &Q) -> bool {
         true
     }
 }
@@ -133,58 +152,106 @@ impl<const DEPTH: usize> Prepared<DEPTH> {
     }
 }
 
-/// Posts a request to `vp`, whose bit in the tally is `bit`.
+/// What a posted request asks for, for one target.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    /// Nothing: the target does not run the guest, and flushes before it does.
+    Nothing,
+    /// A kick, and to wait for it.
+    Kick,
+    /// To wait: somebody else kicks.
+    Wait,
+    /// The caller is to be suspended; the rest is as with `Nothing`, `Kick` or `Wait`.
+    Suspend,
+    /// As `Suspend`, and a kick.
+    SuspendAndKick,
+}
+
+/// Posts a request to `vp`, the quick way: the VP's word as it was before, or `None` when the first slot was taken and
+/// [`post_behind`] is to be called. `marks` are the request's marks and its kind's IPI-pending.
 #[inline(always)]
-pub(super) fn post<const DEPTH: usize, K, F>(vp: &VpFlush<DEPTH>, fill: &F, mark: u64, bit: u64, tally: &mut Tally)
+pub(super) fn post_quick<const DEPTH: usize, K, F>(vp: &VpFlush<DEPTH>, fill: &F, marks: u64) -> Option<u64>
 where
     K: Kind<DEPTH>,
     F: Fill<K::Queue>,
 {
     if mutant::active(Mutant::KickBeforePublish) || mutant::active(Mutant::RelaxedMark) {
-        return post_mutated::<DEPTH, K, F>(vp, fill, mark, bit, tally);
+        return Some(post_mutated::<DEPTH, K, F>(vp, fill, marks));
     }
-    let mark = if fill.fill(K::queue(vp)) { mark } else { K::MARKS.everything };
+    if !fill.fill(K::queue(vp)) {
+        return None;
+    }
     // The one change that counts. Release: the queue entry, and the guest's page-table writes, are before the mark.
     // Acquire: when the target has left the guest (or is about to enter it anew), what its guest did is before what
     // the caller does next. IPI-pending is set whatever the target does; outside the guest, and in the other one, it
     // means nothing, and the target takes it off when it comes or goes.
-    let old = vp.word.fetch_or(mark | K::IPI, Ordering::AcqRel);
-    if old & (word::MODE | word::INHIBIT | K::IPI) == K::MODE {
-        tally.kick |= bit;
-    } else {
-        judge::<DEPTH, K>(vp, old, bit, tally);
-    }
+    Some(vp.word.fetch_or(marks, Ordering::AcqRel))
 }
 
-/// The target is not simply running and unmarked.
-#[inline]
-fn judge<const DEPTH: usize, K: Kind<DEPTH>>(vp: &VpFlush<DEPTH>, old: u64, bit: u64, tally: &mut Tally) {
-    if old & word::MODE == K::MODE {
-        if old & K::IPI == 0 {
-            tally.kick |= bit;
-        } else {
-            // Somebody marked it before and kicks it, or it is about to look at its marks before it runs.
-            tally.wait |= bit;
-        }
-    }
+/// As [`post_quick`], when the first slot was taken.
+#[cold]
+#[inline(never)]
+pub(super) fn post_behind<const DEPTH: usize, K, F>(vp: &VpFlush<DEPTH>, fill: &F, marks: u64) -> u64
+where
+    K: Kind<DEPTH>,
+    F: Fill<K::Queue>,
+{
+    let marks = if fill.fill_behind(K::queue(vp)) { marks } else { K::MARKS.everything | K::IPI };
+    // As in `post_quick`.
+    vp.word.fetch_or(marks, Ordering::AcqRel)
+}
+
+/// True when the target runs the guest and nobody else has marked it: it is to be kicked.
+#[inline(always)]
+pub(super) fn simply_runs<const DEPTH: usize, K: Kind<DEPTH>>(old: u64) -> bool {
+    old & (word::MODE | word::INHIBIT | K::IPI) == K::MODE
+}
+
+/// Posts a request to `vp`.
+#[inline(always)]
+pub(super) fn post<const DEPTH: usize, K, F>(vp: &VpFlush<DEPTH>, fill: &F, marks: u64) -> Wanted
+where
+    K: Kind<DEPTH>,
+    F: Fill<K::Queue>,
+{
+    let old = match post_quick::<DEPTH, K, F>(vp, fill, marks) {
+        Some(old) => old,
+        None => post_behind::<DEPTH, K, F>(vp, fill, marks),
+    };
+    if simply_runs::<DEPTH, K>(old) { Wanted::Kick } else { judge(vp, old, K::MODE, K::IPI) }
+}
+
+/// What to do about a target that is not simply running and unmarked (see [`simply_runs`]).
+#[inline(never)]
+pub(super) fn judge<const DEPTH: usize>(vp: &VpFlush<DEPTH>, old: u64, mode: u64, ipi: u64) -> Wanted {
+    let runs = old & word::MODE == mode;
+    // With IPI-pending, somebody marked it before and kicks it, or it is about to look at its marks before it runs.
+    let kick = runs && old & ipi == 0;
     if old & word::INHIBIT != 0 {
         // Asked again together with the mark for the waiter: either the end of the inhibition sees the waiter, or it
         // came first. Then the uses of the translations are over (Acquire).
         let now = vp.word.fetch_or(word::WAITERS, Ordering::AcqRel);
-        tally.suspended |= now & word::INHIBIT != 0;
+        if now & word::INHIBIT != 0 {
+            return if kick { Wanted::SuspendAndKick } else { Wanted::Suspend };
+        }
+    }
+    match (runs, kick) {
+        (_, true) => Wanted::Kick,
+        (true, false) => Wanted::Wait,
+        (false, false) => Wanted::Nothing,
     }
 }
 
 /// The defective orders, for the tests.
-fn post_mutated<const DEPTH: usize, K, F>(vp: &VpFlush<DEPTH>, fill: &F, mark: u64, bit: u64, tally: &mut Tally)
+fn post_mutated<const DEPTH: usize, K, F>(vp: &VpFlush<DEPTH>, fill: &F, marks: u64) -> u64
 where
     K: Kind<DEPTH>,
     F: Fill<K::Queue>,
 {
     let order = if mutant::active(Mutant::RelaxedMark) { Ordering::Relaxed } else { Ordering::AcqRel };
-    let old = vp.word.fetch_or(mark | K::IPI, order);
-    judge::<DEPTH, K>(vp, old, bit, tally);
-    if !fill.fill(K::queue(vp)) {
+    let old = vp.word.fetch_or(marks, order);
+    if !fill.fill(K::queue(vp)) && !fill.fill_behind(K::queue(vp)) {
         vp.word.fetch_or(K::MARKS.everything, order);
     }
+    old
 }

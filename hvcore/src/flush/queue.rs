@@ -26,23 +26,15 @@ impl<const DEPTH: usize> GvaQueue<DEPTH> {
         }
     }
 
-    /// Puts one word in; `false` when there is no room.
+    /// Puts one word into the first slot; `false` when that is taken.
     #[inline]
-    pub(super) fn push_one(&self, word: u64) -> bool {
+    pub(super) fn push_first(&self, word: u64) -> bool {
         // Release: the consumer that takes the word sees what its producer did before, the guest's page-table writes
         // among it. (The mark in the VP's word alone would do; the slot does not rely on it.) A failure reads nothing
         // that is used.
-        match self.slots.first() {
-            Some(slot) if slot.compare_exchange(EMPTY, word, Ordering::Release, Ordering::Relaxed).is_ok() => true,
-            _ => self.push_behind_first(word),
-        }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn push_behind_first(&self, word: u64) -> bool {
-        let rest = self.slots.get(1..).unwrap_or_default();
-        push(rest.iter(), word)
+        self.slots
+            .first()
+            .is_some_and(|slot| slot.compare_exchange(EMPTY, word, Ordering::Release, Ordering::Relaxed).is_ok())
     }
 
     /// Puts all words in; `false` when there was no room for one of them: some may be in.

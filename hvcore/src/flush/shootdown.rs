@@ -1,5 +1,6 @@
 //! One request under way: whom to kick, for whom to wait. Held by the initiator; used by `domain.rs`.
 
+use super::post::Wanted;
 use super::sync::Ordering;
 use super::vp::VpFlush;
 use super::word;
@@ -46,9 +47,34 @@ impl Default for Shootdown {
 /// Outcome for targets of one bitmap word.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Tally {
-    pub(super) kick: u64,
-    pub(super) wait: u64,
-    pub(super) suspended: bool,
+    kick: u64,
+    wait: u64,
+    suspended: bool,
+}
+
+impl Tally {
+    /// Counts the target at `bit`.
+    #[inline(always)]
+    pub(super) fn count(&mut self, bit: u16, wanted: Wanted) {
+        if wanted == Wanted::Kick {
+            self.kick |= 1 << (bit & 63);
+        } else {
+            self.count_other(bit, wanted);
+        }
+    }
+
+    fn count_other(&mut self, bit: u16, wanted: Wanted) {
+        match wanted {
+            Wanted::Nothing => (),
+            Wanted::Kick => self.kick |= 1 << (bit & 63),
+            Wanted::Wait => self.wait |= 1 << (bit & 63),
+            Wanted::Suspend => self.suspended = true,
+            Wanted::SuspendAndKick => {
+                self.suspended = true;
+                self.kick |= 1 << (bit & 63);
+            }
+        }
+    }
 }
 
 impl Shootdown {
@@ -87,6 +113,27 @@ impl Shootdown {
         }
         *kick |= tally.kick;
         *wait |= tally.wait;
+    }
+
+    /// Adds a slot to kick.
+    #[inline(always)]
+    pub(super) fn add_kick(&mut self, slot: usize) {
+        let (at, bit) = (slot >> 6, 1u64 << (slot & 63));
+        let (Some(kick), Some(wait)) = (self.kick.get_mut(at), self.wait.get_mut(at)) else { return };
+        let word = 1u64 << (at & 63);
+        if self.used & word != 0 {
+            *kick |= bit;
+        } else {
+            self.used |= word;
+            (*kick, *wait) = (bit, 0);
+        }
+    }
+
+    /// Adds the outcome for one slot.
+    pub(super) fn add_one(&mut self, slot: usize, wanted: Wanted) {
+        let mut tally = Tally::default();
+        tally.count_other(slot as u16, wanted);
+        self.add(slot >> 6, tally);
     }
 
     pub(super) fn posted(&self) -> Posted {

@@ -16,12 +16,13 @@ pub use super::pending::{EntryFlush, GvaFlush, Ranges, SecondStageFlush};
 ///
 /// `DEPTH` is the number of ranges that each queue holds before a request becomes "everything".
 #[derive(Debug)]
-#[repr(align(128))]
+#[repr(C, align(64))]
 pub struct VpFlush<const DEPTH: usize = 16> {
+    // The first cache line holds all that a direct flush of a few ranges touches.
     pub(super) word: AtomicU64,
     pub(super) identity: VpIdentity,
-    pub(super) l1: GvaQueue<DEPTH>,
     pub(super) l2: GvaQueue<DEPTH>,
+    pub(super) l1: GvaQueue<DEPTH>,
     pub(super) second_stage: SecondStageQueue<DEPTH>,
 }
 
