@@ -14,7 +14,7 @@
 //! On with `audit` on L0's command line. Called by the run loop and the flush path; calls nothing of them.
 
 use hvcore::addr::Level;
-use spin::Mutex;
+use spin::{Mutex, MutexGuard};
 
 use crate::fatal::give_up;
 use crate::memory::phys_to_virt;
@@ -82,12 +82,14 @@ struct Snapshot {
 }
 
 struct Auditor {
+    on: bool,
     /// Counts what happens; every event has a number of its own.
     clock: u64,
     tags: [[Tag; ASIDS]; CPUS],
     running: [Option<(Context, u32)>; CPUS],
     /// The tags as they were before an entry that flushes, for the case that VMRUN is refused.
-    before: [Option<[Tag; ASIDS]>; CPUS],
+    before: [[Tag; ASIDS]; CPUS],
+    flushing: [bool; CPUS],
     /// When the last completed request for L1 and for L2 of each VP was made.
     due: [[u64; 2]; CPUS],
     /// VM_ID and VP_ID of the nested context that each VP entered last.
@@ -97,21 +99,24 @@ struct Auditor {
     requests: u64,
 }
 
-static AUDITOR: Mutex<Option<Auditor>> = Mutex::new(None);
+// In static memory from the start: it is larger than a stack.
+static AUDITOR: Mutex<Auditor> = Mutex::new(Auditor {
+    on: false,
+    clock: 1,
+    tags: [[Tag { owner: None, empty_at: 0 }; ASIDS]; CPUS],
+    running: [None; CPUS],
+    before: [[Tag { owner: None, empty_at: 0 }; ASIDS]; CPUS],
+    flushing: [false; CPUS],
+    due: [[0; 2]; CPUS],
+    last: [None; CPUS],
+    snapshots: [const { None }; CPUS],
+    entries: 0,
+    requests: 0,
+});
 
 /// Turns the auditor on for `cpus` processors whose shadows have at most `pages` pages each.
 pub fn start(cpus: usize, pages: usize) {
-    let mut auditor = Auditor {
-        clock: 1,
-        tags: [[Tag { owner: None, empty_at: 0 }; ASIDS]; CPUS],
-        running: [None; CPUS],
-        before: [None; CPUS],
-        due: [[0; 2]; CPUS],
-        last: [None; CPUS],
-        snapshots: [const { None }; CPUS],
-        entries: 0,
-        requests: 0,
-    };
+    let mut auditor = AUDITOR.lock();
     for slot in auditor.snapshots.iter_mut().take(cpus) {
         // SAFETY: zero is valid for words and addresses.
         let memory = unsafe {
@@ -120,19 +125,25 @@ pub fn start(cpus: usize, pages: usize) {
         let Some((pages, addresses)) = memory else { give_up(format_args!("no memory for the auditor")) };
         *slot = Some(Snapshot { pages, addresses, used: 0, asid: 0 });
     }
-    *AUDITOR.lock() = Some(auditor);
+    auditor.on = true;
+}
+
+/// The auditor, when it is on.
+fn auditor() -> Option<MutexGuard<'static, Auditor>> {
+    let auditor = AUDITOR.lock();
+    auditor.on.then_some(auditor)
 }
 
 /// Right before VMRUN, GIF clear.
 pub fn enter(run: &Run) {
-    if let Some(auditor) = AUDITOR.lock().as_mut() {
+    if let Some(mut auditor) = auditor() {
         auditor.enter(run);
     }
 }
 
 /// Right after #VMEXIT, GIF clear. `entered`: VMRUN was not refused.
 pub fn leave(cpu: usize, entered: bool) {
-    if let Some(auditor) = AUDITOR.lock().as_mut() {
+    if let Some(mut auditor) = auditor() {
         auditor.leave(cpu, entered);
     }
 }
@@ -149,19 +160,19 @@ pub struct Request {
 /// A flush of `level` is about to be requested of the VPs that `names` names: by VP index for L1; for L2 those whose
 /// last nested context has the caller's `vm_id`, by its VP_ID.
 pub fn request(level: Level, vm_id: u64, names: impl Fn(u32) -> bool) -> Option<Request> {
-    AUDITOR.lock().as_mut().map(|auditor| auditor.request(level, vm_id, names))
+    auditor().map(|mut auditor| auditor.request(level, vm_id, names))
 }
 
 /// The request is complete: nothing may use what it flushed.
 pub fn complete(request: Request) {
-    if let Some(auditor) = AUDITOR.lock().as_mut() {
+    if let Some(mut auditor) = auditor() {
         auditor.complete(request);
     }
 }
 
 /// Entries and requests so far, when the auditor is on.
 pub fn counts() -> Option<(u64, u64)> {
-    AUDITOR.lock().as_ref().map(|auditor| (auditor.entries, auditor.requests))
+    auditor().map(|auditor| (auditor.entries, auditor.requests))
 }
 
 const fn index(level: Level) -> usize {
@@ -184,7 +195,10 @@ impl Auditor {
         if asid == 0 || asid as usize >= ASIDS {
             give_up(format_args!("audit: {context:x?} enters with ASID {asid}"));
         }
-        self.before[cpu] = (tlb_control != 0).then_some(self.tags[cpu]);
+        self.flushing[cpu] = tlb_control != 0;
+        if self.flushing[cpu] {
+            self.before[cpu] = self.tags[cpu];
+        }
         match tlb_control {
             0 => {}
             1 => self.tags[cpu].fill(Tag { owner: None, empty_at: now }),
@@ -223,8 +237,8 @@ impl Auditor {
     fn leave(&mut self, cpu: usize, entered: bool) {
         self.running[cpu] = None;
         // A refused VMRUN flushes nothing that one could count on.
-        if !entered && let Some(before) = self.before[cpu].take() {
-            self.tags[cpu] = before;
+        if !entered && self.flushing[cpu] {
+            self.tags[cpu] = self.before[cpu];
         }
     }
 
