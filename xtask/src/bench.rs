@@ -3,10 +3,10 @@
 //! Runs every file of `tests/bench/benches` and makes the stable names as `tests/bench/lib.rs` says. A count that
 //! something else produces (an emulated machine) is a [`Count`] added to the list in [`run`].
 
+use crate::count::Count;
 use crate::ctx::{Ctx, Log, Result};
 use crate::nested_bench::{self, Extension};
 use crate::setup;
-use serde::Serialize;
 use serde_json::Value;
 use std::fs::{self, File};
 use std::io::Write;
@@ -29,17 +29,6 @@ pub struct Args {
     /// Fail when a count is above its limit
     #[arg(long)]
     check: bool,
-}
-
-/// One measured number.
-#[derive(Serialize)]
-pub struct Count {
-    /// Its stable name, with dots.
-    pub name: String,
-    /// How much.
-    pub value: u64,
-    /// Of what: "instructions".
-    pub unit: &'static str,
 }
 
 /// What counts should not exceed.

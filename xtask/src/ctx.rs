@@ -109,3 +109,14 @@ fn describe(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     words.map(|w| w.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
+
+/// How a stage ended, when it did not fail.
+#[allow(dead_code)]
+pub enum Outcome {
+    /// Everything checked.
+    Passed,
+    /// Checked, with something to tell in the stage's line.
+    PassedWith(String),
+    /// Not checked, and why.
+    Skipped(String),
+}

@@ -1,9 +1,8 @@
 //! `cargo xtask fuzz`: runs a fuzz target with cargo-fuzz on the nightly toolchain, or replays its committed seeds on
 //! stable where that is not to be had.
 
-use crate::ctx::{Ctx, Log, Result};
+use crate::ctx::{Ctx, Log, Outcome, Result};
 use crate::setup;
-use crate::stages::Outcome;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};

@@ -3,7 +3,7 @@
 //! L1 reads the time stamp counter around what it measures; with `-icount shift=0` one tick is one instruction at every
 //! level. It prints `BENCH name minimum mode` lines, which become counts here.
 
-use crate::bench::Count;
+use crate::count::Count;
 use crate::ctx::{Ctx, Log, Result};
 use crate::images::{self, Freestanding};
 use crate::machine::{self, Accel, Loaded, Run};

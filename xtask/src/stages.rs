@@ -3,22 +3,11 @@
 //! A stage is a function that writes its output to a [`Log`] and says how it went. A stage that belongs to another
 //! command (a short fuzz run, the emulated machines) is a function in that command's file, named here.
 
-use crate::ctx::{Ctx, Log, Result};
+use crate::ctx::{Ctx, Log, Outcome, Result};
 use crate::images::{self, Freestanding, Target};
 use crate::{fuzz, probe, qemu_test, setup};
 use std::time::Duration;
 use xshell::cmd;
-
-/// How a stage ended, when it did not fail.
-#[allow(dead_code)]
-pub enum Outcome {
-    /// Everything checked.
-    Passed,
-    /// Checked, with something to tell in the stage's line.
-    PassedWith(String),
-    /// Not checked, and why.
-    Skipped(String),
-}
 
 /// One check of `cargo xtask test`.
 pub struct Stage {

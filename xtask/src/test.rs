@@ -1,7 +1,8 @@
 //! `cargo xtask test`: runs the stages of `stages.rs`, a line each, and prints the verdict as the last line.
 
+use crate::ctx::Outcome;
 use crate::ctx::{Ctx, Log, Result};
-use crate::stages::{Outcome, STAGES, Stage};
+use crate::stages::{STAGES, Stage};
 use std::time::{Duration, Instant};
 
 /// Options of `cargo xtask test`.

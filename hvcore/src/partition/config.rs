@@ -2,7 +2,6 @@
 //!
 //! Used by the embedder; `leaves` derives the CPUID leaves from it.
 
-use super::interface::Interface;
 use crate::hypercall::Offer;
 use tlfs_abi::cpuid::{HardwareEax, RecommendationsEax, SPIN_RETRIES_NEVER};
 use tlfs_abi::evmcs::EVMCS_VERSION;
@@ -213,7 +212,7 @@ impl PartitionConfig {
         self
     }
 
-    /// The embedder passes its reference time, in 100 ns, to [`Interface::msr_read`].
+    /// The embedder passes its reference time, in 100 ns, to [`super::Interface::msr_read`].
     pub const fn reference_counter(mut self) -> Self {
         self.reference_counter = true;
         self
@@ -249,7 +248,7 @@ impl PartitionConfig {
         self
     }
 
-    /// The embedder calls [`Interface::migrated`] after a migration, and can emulate the TSC.
+    /// The embedder calls [`super::Interface::migrated`] after a migration, and can emulate the TSC.
     pub const fn reenlightenment(mut self) -> Self {
         self.reenlightenment = true;
         self
@@ -267,8 +266,8 @@ impl PartitionConfig {
         self
     }
 
-    /// Checks the set and derives the interface.
-    pub fn build(self) -> Result<Interface, ConfigError> {
+    /// Checks that the set is one that can be offered.
+    pub(super) fn check(&self) -> Result<(), ConfigError> {
         if self.max_vps == 0 || self.max_vps > MAX_VP_INDEX {
             return Err(ConfigError::VpCount);
         }
@@ -283,8 +282,7 @@ impl PartitionConfig {
         if self.reference_tsc.is_some() && !self.reference_counter {
             return Err(ConfigError::ReferenceTscWithoutCounter);
         }
-        self.check_nested()?;
-        Ok(Interface::new(self))
+        self.check_nested()
     }
 
     pub(super) fn has(&self, code: CallCode) -> bool {

@@ -2,7 +2,7 @@
 //!
 //! Used by the embedder, the direct flush and the engines; the MSR rules are in `msr`, the overlays in `overlay`.
 
-use super::config::{PartitionConfig, ReferenceTsc, Vendor};
+use super::config::{ConfigError, PartitionConfig, ReferenceTsc, Vendor};
 use super::leaves::{LEAVES, leaves};
 use super::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::addr::{L1Gpa, Level};
@@ -55,6 +55,14 @@ pub struct ReenlightenmentInterrupt {
     pub vector: u8,
     /// Index of the target VP.
     pub vp_index: u32,
+}
+
+impl PartitionConfig {
+    /// Checks the set and derives the interface.
+    pub fn build(self) -> Result<Interface, ConfigError> {
+        self.check()?;
+        Ok(Interface::new(self))
+    }
 }
 
 impl Interface {
