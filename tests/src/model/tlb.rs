@@ -165,8 +165,12 @@ struct Key {
     size: PageSize,
 }
 
+/// A fast hash with no chance in it.
 #[derive(Default, Clone)]
-struct FxHasher(u64);
+pub(crate) struct FxHasher(u64);
+
+/// A map that hashes fast and iterates in the same order in every run.
+pub(crate) type FxMap<K, V> = HashMap<K, V, BuildHasherDefault<FxHasher>>;
 
 impl Hasher for FxHasher {
     fn finish(&self) -> u64 {
@@ -192,7 +196,7 @@ impl Hasher for FxHasher {
 /// The TLB of one CPU. `O` is what an entry remembers about its origin.
 #[derive(Clone)]
 pub struct Tlb<O> {
-    index: HashMap<Key, u32, BuildHasherDefault<FxHasher>>,
+    index: FxMap<Key, u32>,
     keys: Vec<Key>,
     entries: Vec<Entry<O>>,
     /// Live entries by size, to skip lookups that cannot hit.

@@ -193,7 +193,7 @@ fn the_io_map_covers_every_byte_of_the_access() {
     b.put(save::RAX, 0xAABB_CCDD);
     assert_eq!(b.run(Op::In(0x71, 2)), Step::Exit(0x7B));
     // Port, 64-bit address, 16-bit operand, IN; and the next RIP.
-    assert_eq!(b.info(), (0x71 << 16 | 1 << 9 | 1 << 5 | 1, 0x1001));
+    assert_eq!(b.info(), (0x71 << 16 | 1 << 9 | 1 << 5 | 1, 0x1002));
     let mut b = Bench::full();
     b.put(save::RAX, 0x1_AABB_CCDD);
     assert_eq!(b.run(Op::Out(0x71, 1, 0x42)), Step::Done(0));
@@ -242,8 +242,8 @@ fn nested_page_faults_exit_with_their_information() {
     let mut b = Bench::nested();
     let leaf = b.nested_leaf(HANDLERS);
     b.mem.write(leaf, 8, HANDLERS | flag::P | flag::U);
-    // The second instruction, behind the 3 bytes of the first.
-    (0..15).for_each(|n| b.mem.write(0x1003 + n, 1, n + 0x90));
+    // The second instruction, behind the 9 bytes of the first.
+    (0..15).for_each(|n| b.mem.write(0x1009 + n, 1, n + 0x90));
     assert_eq!(b.run(Op::Read(HANDLERS + 8, 4)), Step::Done(0));
     assert_eq!(b.step(Op::Write(HANDLERS + 8, 4, 1)), Step::Exit(exit::NPF));
     assert_eq!(b.info(), (1 << 32 | 7, HANDLERS + 8));
@@ -283,4 +283,14 @@ fn vmload_of_a_guest_uses_physical_addresses_unless_virtual() {
     assert_eq!(run(2, Features::FULL), 5);
     assert_eq!(run(0, Features::FULL), 3, "straight to physical memory");
     assert_eq!(run(2, Features::TCG), 3);
+}
+
+#[test]
+fn prefixes_count_for_the_next_rip() {
+    let mut b = Bench::full();
+    b.cpu.prefixes = 2;
+    b.set_bits(ctl::MISC2, 1 << 1);
+    assert_eq!(b.run(Op::Nop), Step::Done(0));
+    assert_eq!(b.step(Op::Vmmcall), Step::Exit(0x81));
+    assert_eq!((b.get(save::RIP), b.get(ctl::NRIP)), (0x1003, 0x1008));
 }

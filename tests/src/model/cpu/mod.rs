@@ -4,7 +4,7 @@ pub(crate) mod idt;
 pub(crate) mod op;
 pub mod state;
 
-pub use op::Op;
+pub use op::{Code, Op};
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 

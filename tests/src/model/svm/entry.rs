@@ -140,7 +140,7 @@ impl Cpu {
         if let Some(vmcb) = self.guest() {
             if self.features.nrip_save {
                 let nrip = op.filter(|_| exits_with_nrip(code));
-                let next = nrip.map_or(0, |op| self.wrap(self.state.rip.wrapping_add(op.len())));
+                let next = nrip.map_or(0, |op| self.wrap(self.state.rip.wrapping_add(self.length(op))));
                 self.cache.store(mem, vmcb, ctl::NRIP, 8, next);
             }
             if self.features.decode_assists {

@@ -120,7 +120,7 @@ impl Cpu {
         match trap {
             Trap::Exit(code, info1, info2) => self.exit(mem, (code, info1, info2), None, Some(op)),
             Trap::Soft(event) => {
-                let next = self.state.rip.wrapping_add(op.len());
+                let next = self.state.rip.wrapping_add(self.length(op));
                 self.deliver(mem, event, Some(next))
             }
             Trap::Exception(v, code, cr2) => {
@@ -131,7 +131,7 @@ impl Cpu {
                     self.state.cr2 = cr2;
                 }
                 // INT3 and INTO are traps.
-                let next = matches!(v, 3 | 4).then(|| self.state.rip.wrapping_add(op.len()));
+                let next = matches!(v, 3 | 4).then(|| self.state.rip.wrapping_add(self.length(op)));
                 self.deliver(mem, Event::Exception(v, code), next)
             }
         }

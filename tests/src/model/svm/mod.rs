@@ -164,6 +164,8 @@ pub struct Cpu {
     pub halted: bool,
     /// Fetch each instruction's first byte through the translation, so that fetches fault.
     pub fetch: bool,
+    /// Bytes of prefixes that stand before each instruction.
+    pub prefixes: u8,
     /// TLB and walker.
     pub mmu: Mmu,
     /// Input lines.
@@ -194,6 +196,7 @@ impl Cpu {
             nmi_mask: false,
             halted: false,
             fetch: false,
+            prefixes: 0,
             mmu: Mmu::new(1024, seed),
             lines: Arc::default(),
             guest: None,
@@ -244,7 +247,7 @@ impl Cpu {
             Ok(_) if matches!(op, Op::Vmrun(_)) => self.entered(mem),
             Ok(value) => {
                 if !matches!(op, Op::Iret | Op::Jump(_)) {
-                    self.state.rip = self.wrap(self.state.rip.wrapping_add(op.len()));
+                    self.state.rip = self.wrap(self.state.rip.wrapping_add(self.length(op)));
                 }
                 Step::Done(value)
             }
@@ -254,6 +257,11 @@ impl Cpu {
                 self.trap(mem, trap, op)
             }
         }
+    }
+
+    /// The length of an instruction with its prefixes.
+    pub(super) fn length(&self, op: Op) -> u64 {
+        op.len() + u64::from(self.prefixes)
     }
 
     /// RIP has 64 bits in 64-bit mode only.

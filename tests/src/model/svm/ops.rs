@@ -16,8 +16,14 @@ impl Cpu {
             Op::Fetch(at) => {
                 self.translate(mem, at, crate::model::walk::Kind::Fetch, self.state.cpl == 3)?;
             }
-            Op::Read(at, size) => return self.load(mem, at, u64::from(size), self.state.cpl == 3),
-            Op::Write(at, size, value) => self.store(mem, at, u64::from(size), value, self.state.cpl == 3)?,
+            Op::Read(at, size) => {
+                self.state.rax = self.load(mem, at, u64::from(size), self.state.cpl == 3)?;
+                return Ok(self.state.rax);
+            }
+            Op::Write(at, size, value) => {
+                self.state.rax = value;
+                self.store(mem, at, u64::from(size), value, self.state.cpl == 3)?;
+            }
             Op::Cpuid(..) | Op::Rdmsr(_) | Op::Wrmsr(..) | Op::In(..) | Op::Out(..) => return self.exec_io(mem, op),
             Op::MovToCr(..) | Op::MovFromCr(_) | Op::Lmsw(_) | Op::Clts | Op::MovToDr(..) | Op::MovFromDr(_) => {
                 return self.exec_cr(op);
@@ -222,7 +228,7 @@ impl Cpu {
         let address = if self.state.bits64() { 1 << 9 } else { 1 << 8 };
         let input = u64::from(matches!(op, Op::In(..)));
         let info = u64::from(port) << 16 | address | u64::from(size) << 4 | input;
-        Trap::Exit(exit::MISC1 + u64::from(misc1::IOIO), info, self.wrap(self.state.rip.wrapping_add(op.len())))
+        Trap::Exit(exit::MISC1 + u64::from(misc1::IOIO), info, self.wrap(self.state.rip.wrapping_add(self.length(op))))
     }
 
     fn exec_svm(&mut self, mem: &PhysMem, op: Op) -> Result<u64, Trap> {

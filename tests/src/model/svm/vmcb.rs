@@ -1,10 +1,9 @@
 //! The VMCB: where its fields are (APM volume 2, appendix B), which clean bit covers them (15.15.3), and the CPU's
 //! cached copies.
 
-use std::collections::HashMap;
-
 use crate::model::mem::PhysMem;
 use crate::model::rng::Rng;
+use crate::model::tlb::FxMap;
 
 /// Offsets of the control area.
 pub mod ctl {
@@ -231,7 +230,7 @@ impl Image {
 /// The CPU's cached copies of VMCBs, by physical address.
 #[derive(Clone)]
 pub(super) struct Cache {
-    copies: HashMap<u64, Image>,
+    copies: FxMap<u64, Image>,
     rng: Rng,
     /// How often, of 1,024, a clean group is taken from the copy.
     pub(super) use_copy: u32,
@@ -239,7 +238,7 @@ pub(super) struct Cache {
 
 impl Cache {
     pub(super) fn new(seed: u64) -> Self {
-        Self { copies: HashMap::new(), rng: Rng::new(seed), use_copy: 512 }
+        Self { copies: FxMap::default(), rng: Rng::new(seed), use_copy: 512 }
     }
 
     /// Loads the VMCB at `pa`: a group whose clean bit is set may come from the copy of an earlier run.

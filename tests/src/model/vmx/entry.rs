@@ -20,42 +20,42 @@ fn unpack(attributes: u16) -> u64 {
     a & 0xFF | (a & 0xF00) << 4 | (a & 0x8000) << 1
 }
 
+/// Why an entry is refused: VMfailValid with a number, or an exit with a qualification; and the name of the check.
+enum Refusal {
+    Early(u64, &'static str),
+    Late(Controls, u64, &'static str),
+}
+
 impl Cpu {
     /// VMLAUNCH or VMRESUME. `Ok` with a step: the entry happened, or failed late.
     pub(super) fn enter(&mut self, mem: &PhysMem, launch: bool) -> Result<Step, Trap> {
         if self.vmxon.is_none() || self.state.cr4 & CR4_VMXE == 0 {
             return Err(UD);
         }
-        let Some(vmcs) = self.current.and_then(|pa| self.active.get(&pa)).cloned() else {
-            return Ok(self.refused(Status::Invalid));
+        let launched = match &self.current {
+            None => return Ok(self.refused(Status::Invalid)),
+            Some((_, vmcs)) => vmcs.launched,
         };
         if self.shadow_ss {
             return Ok(self.fail_step(26));
         }
-        match (launch, vmcs.launched) {
+        match (launch, launched) {
             (true, true) => return Ok(self.fail_step(4)),
             (false, false) => return Ok(self.fail_step(5)),
             _ => {}
         }
-        let checks = Checks {
-            v: &vmcs,
-            c: Controls::read(&vmcs),
-            caps: &self.caps,
-            mem,
-            host_long: self.state.efer & EFER_LMA != 0,
+        let (c, pdptes) = match self.judge(mem) {
+            Ok(good) => good,
+            Err(Refusal::Early(number, why)) => {
+                self.why = why;
+                return Ok(self.fail_step(number));
+            }
+            Err(Refusal::Late(c, qualification, why)) => {
+                self.why = why;
+                self.failed_entry(mem, c, reason::GUEST_STATE, qualification);
+                return Ok(self.late());
+            }
         };
-        let early = checks.controls().map_err(|why| (7, why)).and_then(|()| checks.host().map_err(|why| (8, why)));
-        if let Err((number, why)) = early {
-            self.why = why;
-            return Ok(self.fail_step(number));
-        }
-        let c = checks.c;
-        if let Err((qualification, why)) = checks.guest() {
-            self.why = why;
-            self.failed_entry(mem, c, reason::GUEST_STATE, qualification);
-            return Ok(self.late());
-        }
-        let pdptes = checks.pdpte_values();
         let host_rax = self.state.rax;
         self.load_guest(c);
         self.pdptes = pdptes;
@@ -65,10 +65,21 @@ impl Cpu {
             self.failed_entry(mem, c, reason::MSR_LOADING, index);
             return Ok(self.late());
         }
-        if let Some(v) = self.current.and_then(|pa| self.active.get_mut(&pa)) {
+        if let Some((_, v)) = &mut self.current {
             v.launched = true;
         }
         Ok(self.start(mem, c))
+    }
+
+    /// All checks on the current VMCS; the controls and PDPTEs that the entry will use.
+    fn judge(&self, mem: &PhysMem) -> Result<(Controls, [u64; 4]), Refusal> {
+        let Some((_, v)) = &self.current else { return Err(Refusal::Early(0, "no VMCS")) };
+        let host_long = self.state.efer & EFER_LMA != 0;
+        let checks = Checks { v, c: Controls::read(v), caps: &self.caps, mem, host_long };
+        checks.controls().map_err(|why| Refusal::Early(7, why))?;
+        checks.host().map_err(|why| Refusal::Early(8, why))?;
+        checks.guest().map_err(|(qualification, why)| Refusal::Late(checks.c, qualification, why))?;
+        Ok((checks.c, checks.pdpte_values()))
     }
 
     fn fail_step(&mut self, number: u64) -> Step {

@@ -155,11 +155,11 @@ impl Cpu {
 
     /// An instruction ended in a trap.
     pub(super) fn trap(&mut self, mem: &PhysMem, trap: Trap, op: Op) -> Step {
-        let next = self.state.rip.wrapping_add(op.len());
+        let next = self.state.rip.wrapping_add(self.length(op));
         match trap {
             Trap::Exit(why, qualification, gpa) => {
                 let iret = op == Op::Iret && matches!(why, reason::EPT_VIOLATION | reason::EPT_MISCONFIG);
-                let length = if iret || why == reason::EPT_VIOLATION { 0 } else { op.len() };
+                let length = if iret || why == reason::EPT_VIOLATION { 0 } else { self.length(op) };
                 self.exit(mem, (why, qualification, gpa), length)
             }
             Trap::Soft(event) => self.deliver(mem, event, 0, next),
@@ -167,7 +167,7 @@ impl Cpu {
                 let event = Event::Exception(v, code);
                 if self.wants(v, code) {
                     let qualification = if v == 14 { cr2 } else { 0 };
-                    return self.exception_exit(mem, information(event), code, qualification, op.len());
+                    return self.exception_exit(mem, information(event), code, qualification, self.length(op));
                 }
                 if v == 14 && self.guest.is_some() {
                     self.state.cr2 = cr2;

@@ -73,9 +73,32 @@ pub fn read_only(encoding: u32) -> bool {
     (encoding >> 10) & 3 == 1
 }
 
+/// Width, type and index of an encoding as a number below 1,024, if the index is small enough.
+const fn key(encoding: u32) -> Option<usize> {
+    let index = (encoding >> 1) & 0x1FF;
+    if index < 64 && encoding >> 15 == 0 {
+        Some(((encoding >> 13) << 8 | ((encoding >> 10) & 3) << 6 | index) as usize)
+    } else {
+        None
+    }
+}
+
+/// Position in [`ALL`] by key, 255 for none.
+const SLOTS: [u8; 1024] = {
+    let mut slots = [255; 1024];
+    let mut n = 0;
+    while n < ALL.len() {
+        if let Some(key) = key(ALL[n]) {
+            slots[key] = n as u8;
+        }
+        n += 1;
+    }
+    slots
+};
+
 fn slot(encoding: u32) -> Option<usize> {
-    // The list is sorted by encoding.
-    ALL.binary_search(&(encoding & !1)).ok()
+    let slot = SLOTS[key(encoding)?];
+    (slot != 255 && encoding & 0x1000 == 0).then_some(usize::from(slot))
 }
 
 /// The model's VMCS revision identifier.
@@ -145,6 +168,8 @@ mod tests {
         assert!(ALL.windows(2).all(|w| w[0] < w[1]));
         assert_eq!((name(0x6C16), name(0x4C00)), (Some("HOST_RIP"), Some("HOST_SYSENTER_CS")));
         assert!(ALL.iter().all(|e| e & 1 == 0 && name(*e).is_some()));
+        assert!(ALL.iter().enumerate().all(|(n, e)| slot(*e) == Some(n)));
+        assert!((0..0x1_0000).filter(|e| slot(*e).is_some()).all(|e| name(e & !1).is_some()));
     }
 
     #[test]

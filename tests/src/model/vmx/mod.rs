@@ -143,13 +143,16 @@ pub struct Cpu {
     pub why: &'static str,
     /// A VMX abort happened: every further step is a shutdown.
     pub aborted: bool,
+    /// Bytes of prefixes that stand before each instruction.
+    pub prefixes: u8,
     /// TLB and walker.
     pub mmu: Mmu,
     /// Input lines.
     pub lines: Arc<Lines>,
     /// VMXON region.
     vmxon: Option<u64>,
-    current: Option<u64>,
+    current: Option<(u64, Vmcs)>,
+    /// Active VMCSs that are not current.
     active: HashMap<u64, Vmcs>,
     guest: Option<Guest>,
     /// The event whose delivery is being interrupted, and how it was injected (or 0).
@@ -182,6 +185,7 @@ impl Cpu {
             activity: 0,
             pdptes: [0; 4],
             fetch: false,
+            prefixes: 0,
             why: "",
             aborted: false,
             mmu: Mmu::new(1024, seed),
@@ -202,7 +206,7 @@ impl Cpu {
 
     /// The current VMCS.
     pub fn current(&self) -> Option<u64> {
-        self.current
+        self.current.as_ref().map(|c| c.0)
     }
 
     /// The tag of the current context's translations.
@@ -224,11 +228,11 @@ impl Cpu {
 
     /// A field of the current VMCS, 0 without one.
     fn field(&self, field: u32) -> u64 {
-        self.current.and_then(|pa| self.active.get(&pa)).map_or(0, |v| v.get(field))
+        self.current.as_ref().map_or(0, |(_, v)| v.get(field))
     }
 
     fn set_field(&mut self, field: u32, value: u64) {
-        if let Some(v) = self.current.and_then(|pa| self.active.get_mut(&pa)) {
+        if let Some((_, v)) = &mut self.current {
             v.set(field, value);
         }
     }

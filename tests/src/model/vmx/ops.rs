@@ -23,8 +23,14 @@ impl Cpu {
             Op::Fetch(at) => {
                 self.translate(mem, at, Kind::Fetch, user)?;
             }
-            Op::Read(at, size) => return self.load(mem, at, u64::from(size), user),
-            Op::Write(at, size, value) => self.store(mem, at, u64::from(size), value, user)?,
+            Op::Read(at, size) => {
+                self.state.rax = self.load(mem, at, u64::from(size), user)?;
+                return Ok(self.state.rax);
+            }
+            Op::Write(at, size, value) => {
+                self.state.rax = value;
+                self.store(mem, at, u64::from(size), value, user)?;
+            }
             Op::Cpuid(..) | Op::Rdmsr(_) | Op::Wrmsr(..) | Op::In(..) | Op::Out(..) => return self.exec_io(mem, op),
             Op::MovToCr(..) | Op::MovFromCr(_) | Op::Lmsw(_) | Op::Clts | Op::MovToDr(..) | Op::MovFromDr(_) => {
                 return self.exec_cr(mem, op);

@@ -56,7 +56,7 @@ impl Cpu {
     /// VMXOFF. Active VMCSs stay in the CPU, as the SDM warns.
     pub fn vmxoff(&mut self) -> Status {
         self.vmxon = None;
-        self.current = None;
+        self.park();
         Status::Ok
     }
 
@@ -68,12 +68,12 @@ impl Cpu {
         if self.vmxon == Some(pa) {
             return self.fail(3);
         }
+        if self.current() == Some(pa) {
+            self.park();
+        }
         let mut vmcs = self.active.remove(&pa).unwrap_or_else(|| Vmcs::load(mem, pa));
         vmcs.launched = false;
         vmcs.save(mem, pa);
-        if self.current == Some(pa) {
-            self.current = None;
-        }
         Status::Ok
     }
 
@@ -88,14 +88,21 @@ impl Cpu {
         if mem.read(pa, 4) != u64::from(REVISION) {
             return self.fail(11);
         }
-        self.active.entry(pa).or_insert_with(|| Vmcs::load(mem, pa));
-        self.current = Some(pa);
+        self.park();
+        self.current = Some((pa, self.active.remove(&pa).unwrap_or_else(|| Vmcs::load(mem, pa))));
         Status::Ok
+    }
+
+    /// No VMCS is current; the one that was stays active.
+    fn park(&mut self) {
+        if let Some((pa, vmcs)) = self.current.take() {
+            self.active.insert(pa, vmcs);
+        }
     }
 
     /// VMREAD; a failure is the error.
     pub fn vmread(&mut self, field: u32) -> Result<u64, Status> {
-        let Some(vmcs) = self.current.and_then(|pa| self.active.get(&pa)) else { return Err(Status::Invalid) };
+        let Some((_, vmcs)) = &self.current else { return Err(Status::Invalid) };
         vmcs.read(field).ok_or(()).map_err(|()| self.fail(12))
     }
 
@@ -106,7 +113,7 @@ impl Cpu {
             Err(status) => status,
             Ok(_) if f::read_only(field) && !self.caps.write_all => self.fail(13),
             Ok(_) => {
-                if let Some(v) = self.current.and_then(|pa| self.active.get_mut(&pa)) {
+                if let Some((_, v)) = &mut self.current {
                     v.write(field, value);
                 }
                 Status::Ok
@@ -161,7 +168,7 @@ impl Cpu {
                 self.vmptrld(mem, pa)
             }
             Op::Vmptrst(at) => {
-                self.store(mem, at, 8, self.current.unwrap_or(u64::MAX), false)?;
+                self.store(mem, at, 8, self.current().unwrap_or(u64::MAX), false)?;
                 Status::Ok
             }
             Op::Vmxoff => self.vmxoff(),

@@ -32,7 +32,7 @@ impl Cpu {
         match fetched.and_then(|()| self.exec(mem, op)) {
             Ok(value) => {
                 if !matches!(op, Op::Iret | Op::Jump(_)) {
-                    self.state.rip = self.wrap(self.state.rip.wrapping_add(op.len()));
+                    self.state.rip = self.wrap(self.state.rip.wrapping_add(self.length(op)));
                 }
                 self.completed();
                 Step::Done(value)
@@ -42,6 +42,11 @@ impl Cpu {
                 self.trap(mem, trap, op)
             }
         }
+    }
+
+    /// The length of an instruction with its prefixes.
+    pub(super) fn length(&self, op: Op) -> u64 {
+        op.len() + u64::from(self.prefixes)
     }
 
     pub(super) fn wrap(&self, rip: u64) -> u64 {

@@ -1,0 +1,91 @@
+//! The machine code of the model's instructions, against an independent decoder.
+
+use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+use tests::model::cpu::Op;
+
+#[test]
+fn every_encoding_decodes_to_its_instruction() {
+    use Mnemonic as M;
+    for (op, want) in [
+        (Op::Nop, M::Nop),
+        (Op::Jump(0), M::Jmp),
+        (Op::Cpuid(0, 0), M::Cpuid),
+        (Op::Rdmsr(0), M::Rdmsr),
+        (Op::Wrmsr(0, 0), M::Wrmsr),
+        (Op::In(0, 1), M::In),
+        (Op::In(0, 2), M::In),
+        (Op::In(0, 4), M::In),
+        (Op::Out(0, 1, 0), M::Out),
+        (Op::Out(0, 2, 0), M::Out),
+        (Op::Out(0, 4, 0), M::Out),
+        (Op::Hlt, M::Hlt),
+        (Op::Pause, M::Pause),
+        (Op::Read(0x1234, 1), M::Mov),
+        (Op::Read(0x1234, 2), M::Mov),
+        (Op::Read(0x1234, 4), M::Mov),
+        (Op::Read(0x1234, 8), M::Mov),
+        (Op::Write(0x1234, 1, 0), M::Mov),
+        (Op::Write(0x1234, 8, 0), M::Mov),
+        (Op::Fetch(0), M::Nop),
+        (Op::MovToCr(3, 0), M::Mov),
+        (Op::MovFromCr(0), M::Mov),
+        (Op::MovToCr(8, 0), M::Mov),
+        (Op::MovToDr(7, 0), M::Mov),
+        (Op::MovFromDr(6), M::Mov),
+        (Op::Lmsw(0), M::Lmsw),
+        (Op::Clts, M::Clts),
+        (Op::Invlpg(0), M::Invlpg),
+        (Op::Invlpga(0, 0), M::Invlpga),
+        (Op::Invpcid(0, 0, 0), M::Invpcid),
+        (Op::Vmrun(0), M::Vmrun),
+        (Op::Vmmcall, M::Vmmcall),
+        (Op::Vmload(0), M::Vmload),
+        (Op::Vmsave(0), M::Vmsave),
+        (Op::Stgi, M::Stgi),
+        (Op::Clgi, M::Clgi),
+        (Op::Skinit, M::Skinit),
+        (Op::Int3, M::Int3),
+        (Op::Intn(0x80), M::Int),
+        (Op::Ud2, M::Ud2),
+        (Op::Iret, M::Iretq),
+        (Op::Sti, M::Sti),
+        (Op::Cli, M::Cli),
+        (Op::Pushf, M::Pushfq),
+        (Op::Popf, M::Popfq),
+        (Op::Rdtsc, M::Rdtsc),
+        (Op::Rdtscp, M::Rdtscp),
+        (Op::Rdpmc, M::Rdpmc),
+        (Op::Wbinvd, M::Wbinvd),
+        (Op::Invd, M::Invd),
+        (Op::Monitor, M::Monitor),
+        (Op::Mwait, M::Mwait),
+        (Op::Xsetbv(1), M::Xsetbv),
+        (Op::Table(0), M::Sidt),
+        (Op::Table(1), M::Sgdt),
+        (Op::Table(2), M::Sldt),
+        (Op::Table(3), M::Str),
+        (Op::Table(4), M::Lidt),
+        (Op::Table(5), M::Lgdt),
+        (Op::Table(6), M::Lldt),
+        (Op::Table(7), M::Ltr),
+        (Op::Vmxon(0), M::Vmxon),
+        (Op::Vmclear(0), M::Vmclear),
+        (Op::Vmptrld(0), M::Vmptrld),
+        (Op::Vmptrst(0), M::Vmptrst),
+        (Op::Vmxoff, M::Vmxoff),
+        (Op::Vmlaunch, M::Vmlaunch),
+        (Op::Vmresume, M::Vmresume),
+        (Op::Vmcall, M::Vmcall),
+        (Op::Vmread(0), M::Vmread),
+        (Op::Vmwrite(0, 0), M::Vmwrite),
+        (Op::Invept(0, 0), M::Invept),
+        (Op::Invvpid(0, 0), M::Invvpid),
+        (Op::Vmfunc(0), M::Vmfunc),
+    ] {
+        let code = op.encode();
+        let mut decoder = Decoder::new(64, code.bytes(), DecoderOptions::NONE);
+        let got = decoder.decode();
+        assert_eq!((got.mnemonic(), got.len() as u64), (want, op.len()), "{op:?} {:x?}", code.bytes());
+        assert!(!decoder.can_decode(), "{op:?} has bytes left over");
+    }
+}
