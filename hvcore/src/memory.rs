@@ -4,6 +4,8 @@
 //! engine. An implementation shows what L1 itself sees: overlay pages of the Hyper-V interface included, host memory
 //! excluded.
 
+use core::sync::atomic::AtomicU64;
+
 use crate::addr::{L1Gpa, L2Gpa};
 
 /// The host cannot reach this guest memory: not backed, a device, out of range, or gone meanwhile.
@@ -33,6 +35,17 @@ pub trait GuestMemory {
     /// As [`compare_exchange_u8`](Self::compare_exchange_u8) for 8 bytes, 8-byte aligned.
     fn compare_exchange_u64(&self, gpa: L1Gpa, current: u64, new: u64) -> Result<Result<u64, u64>, MemoryError>;
 
+    /// The page at `gpa` (page aligned) as words in guest byte order, if it is plain RAM that may be read and written
+    /// in place; the words then stand for [`read`](Self::read) and [`write`](Self::write) of the page.
+    ///
+    /// An implementation that must see each access answers `None`, which is the default. Whoever asks loads each word
+    /// once: the guest may change it at any time.
+    #[inline]
+    fn page(&self, gpa: L1Gpa) -> Option<&[AtomicU64; 512]> {
+        let _ = gpa;
+        None
+    }
+
     /// Reads a little-endian `u32`.
     #[inline]
     fn read_u32(&self, gpa: L1Gpa) -> Result<u32, MemoryError> {
@@ -57,6 +70,22 @@ pub trait GuestMemory {
 }
 
 impl<M: GuestMemory + ?Sized> GuestMemory for &M {
+    #[inline]
+    fn read_u32(&self, gpa: L1Gpa) -> Result<u32, MemoryError> {
+        (**self).read_u32(gpa)
+    }
+    #[inline]
+    fn read_u64(&self, gpa: L1Gpa) -> Result<u64, MemoryError> {
+        (**self).read_u64(gpa)
+    }
+    #[inline]
+    fn write_u64(&self, gpa: L1Gpa, value: u64) -> Result<(), MemoryError> {
+        (**self).write_u64(gpa, value)
+    }
+    #[inline]
+    fn page(&self, gpa: L1Gpa) -> Option<&[AtomicU64; 512]> {
+        (**self).page(gpa)
+    }
     fn read(&self, gpa: L1Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         (**self).read(gpa, buf)
     }

@@ -1,17 +1,17 @@
 //! Exits of L1: the SVM instructions and MSRs.
 
-use hvcore::addr::{L1Gpa, Level};
+use hvcore::addr::Level;
 use hvcore::memory::{GuestMemory, MemoryError};
-use zerocopy::IntoBytes;
 
 use crate::exit_code;
 use crate::insn::{self, Kind, Mode};
 use crate::machine::{Code, Gprs, Machine};
 use crate::msr::MsrAccess;
 use crate::state::NestedSvm;
+use crate::view::View;
 use crate::vmcb::bits::{cr0, rflags, seg};
 use crate::vmcb::{Save, Vmcb};
-use crate::vmrun::{Failure, Invalidate, part};
+use crate::vmrun::{Failure, Invalidate};
 
 /// What the embedder does after an exit of L1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -322,17 +322,18 @@ fn raise(vmcb01: &mut Vmcb, fault: Fault) -> L1Exit {
 
 /// VMLOAD from the VMCB at `gpa`: FS, GS, LDTR, TR and the MSRs of offsets 0x600 to 0x63F.
 pub(crate) fn vmload<M: GuestMemory + ?Sized>(memory: &M, gpa: u64, save: &mut Save) -> Result<(), MemoryError> {
-    let (gdtr, idtr) = (save.gdtr, save.idtr);
-    let segments = memory.read(L1Gpa::new(gpa.wrapping_add(0x440)), part::<0x440, 0x4A0>(save));
-    (save.gdtr, save.idtr) = (gdtr, idtr);
-    segments?;
-    memory.read(L1Gpa::new(gpa.wrapping_add(0x600)), part::<0x600, 0x640>(save))
+    let view = View::new(memory, gpa);
+    view.read_save::<0x440, 0x460>(save)?;
+    view.read_save::<0x470, 0x480>(save)?;
+    view.read_save::<0x490, 0x4A0>(save)?;
+    view.read_save::<0x600, 0x640>(save)
 }
 
 /// VMSAVE to the VMCB at `gpa`.
 pub(crate) fn vmsave<M: GuestMemory + ?Sized>(memory: &M, gpa: u64, save: &mut Save) -> Result<(), MemoryError> {
-    memory.write(L1Gpa::new(gpa.wrapping_add(0x440)), part::<0x440, 0x460>(save))?;
-    memory.write(L1Gpa::new(gpa.wrapping_add(0x470)), save.ldtr.as_bytes())?;
-    memory.write(L1Gpa::new(gpa.wrapping_add(0x490)), save.tr.as_bytes())?;
-    memory.write(L1Gpa::new(gpa.wrapping_add(0x600)), part::<0x600, 0x640>(save))
+    let view = View::new(memory, gpa);
+    view.write_save::<0x440, 0x460>(save)?;
+    view.write_save::<0x470, 0x480>(save)?;
+    view.write_save::<0x490, 0x4A0>(save)?;
+    view.write_save::<0x600, 0x640>(save)
 }

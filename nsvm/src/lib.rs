@@ -25,6 +25,7 @@ pub mod msr;
 pub mod npt;
 pub mod save;
 mod state;
+mod view;
 pub mod vmcb;
 mod vmexit;
 mod vmrun;

@@ -11,9 +11,9 @@ use crate::caps::Features;
 use crate::exit_code;
 use crate::machine::Machine;
 use crate::state::NestedSvm;
+use crate::view::View;
 use crate::vmcb::bits::{DR7_RESET, Event, cr4, int_ctl, int_state, np, rflags, virt_ext};
 use crate::vmcb::{SAVE_OFFSET, Save, Vmcb};
-use crate::vmrun::part;
 
 /// What L1 is told about an exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,15 +32,6 @@ impl Exit {
     pub const fn simple(code: u64) -> Self {
         Self { code, info_1: 0, info_2: 0 }
     }
-}
-
-#[inline(always)]
-fn write_part<const FROM: usize, const TO: usize, M: GuestMemory + ?Sized>(
-    memory: &M,
-    vmcb12: u64,
-    save: &mut Save,
-) -> Result<(), MemoryError> {
-    memory.write(L1Gpa::new(vmcb12.wrapping_add(FROM as u64)), part::<FROM, TO>(save))
 }
 
 impl NestedSvm {
@@ -86,7 +77,8 @@ impl NestedSvm {
         gpa: u64,
         exit: Exit,
     ) -> Result<(), MemoryError> {
-        self.store_save(memory, &vmcb02.save, gpa)?;
+        let view = View::new(memory, gpa);
+        self.store_save(&view, &vmcb02.save)?;
         let control = &vmcb02.control;
         let head = [
             self.control.int_ctl,
@@ -96,14 +88,14 @@ impl NestedSvm {
             exit.info_2,
             Self::interrupted_event(vmcb02),
         ];
-        memory.write(L1Gpa::new(gpa.wrapping_add(0x60)), head.as_bytes())?;
+        view.write::<0x60>(head.as_bytes())?;
         if self.control.event_inj & Event::VALID != 0 {
-            memory.write_u64(L1Gpa::new(gpa.wrapping_add(0xA8)), 0)?;
+            view.write::<0xA8>(&[0; 8])?;
         }
         if self.config.offered.has(Features::NRIPS) {
             let tail = control.as_bytes().get(0xC8..0xE0).unwrap_or_default();
             let len = if self.config.offered.has(Features::DECODE_ASSISTS) { 24 } else { 8 };
-            memory.write(L1Gpa::new(gpa.wrapping_add(0xC8)), tail.get(..len).unwrap_or_default())?;
+            view.write::<0xC8>(tail.get(..len).unwrap_or_default())?;
         }
         Ok(())
     }
@@ -136,50 +128,49 @@ impl NestedSvm {
     }
 
     /// Writes the groups of the state save area that changed.
-    fn store_save<M: GuestMemory + ?Sized>(&mut self, memory: &M, from: &Save, gpa: u64) -> Result<(), MemoryError> {
+    fn store_save<M: GuestMemory + ?Sized>(&mut self, view: &View<'_, M>, from: &Save) -> Result<(), MemoryError> {
         let all = self.memory_stale;
         self.memory_stale = false;
         let to = &mut self.memory_save;
         if all || (to.es, to.cs, to.ss, to.ds) != (from.es, from.cs, from.ss, from.ds) {
             (to.es, to.cs, to.ss, to.ds) = (from.es, from.cs, from.ss, from.ds);
-            write_part::<0x400, 0x440, M>(memory, gpa, to)?;
+            view.write_save::<0x400, 0x440>(to)?;
         }
         if all || to.gdtr != from.gdtr {
             to.gdtr = from.gdtr;
-            write_part::<0x460, 0x470, M>(memory, gpa, to)?;
+            view.write_save::<0x460, 0x470>(to)?;
         }
         if all || to.idtr != from.idtr {
             to.idtr = from.idtr;
-            write_part::<0x480, 0x490, M>(memory, gpa, to)?;
+            view.write_save::<0x480, 0x490>(to)?;
         }
         if all || (to.cpl, to.efer) != (from.cpl, from.efer) {
             (to.cpl, to.efer) = (from.cpl, from.efer);
-            write_part::<0x4CB, 0x4CC, M>(memory, gpa, to)?;
-            write_part::<0x4D0, 0x4D8, M>(memory, gpa, to)?;
+            view.write_save::<0x4C8, 0x4D8>(to)?;
         }
         (to.cr4, to.cr3, to.cr0) = (from.cr4, from.cr3, from.cr0);
         (to.dr7, to.dr6) = (from.dr7, from.dr6);
         (to.rflags, to.rip) = (from.rflags, from.rip);
-        write_part::<0x548, 0x580, M>(memory, gpa, to)?;
+        view.write_save::<0x548, 0x580>(to)?;
         if to.cr4 & cr4::CET != 0 {
             (to.s_cet, to.ssp, to.isst_addr) = (from.s_cet, from.ssp, from.isst_addr);
         }
         if all || (to.rsp, to.rax) != (from.rsp, from.rax) || to.cr4 & cr4::CET != 0 {
             (to.rsp, to.rax) = (from.rsp, from.rax);
-            write_part::<0x5D8, 0x600, M>(memory, gpa, to)?;
+            view.write_save::<0x5D8, 0x600>(to)?;
         }
         if all || to.cr2 != from.cr2 {
             to.cr2 = from.cr2;
-            write_part::<0x640, 0x648, M>(memory, gpa, to)?;
+            view.write_save::<0x640, 0x648>(to)?;
         }
         if self.control.np_control & np::ENABLE != 0 && (all || to.g_pat != from.g_pat) {
             to.g_pat = from.g_pat;
-            write_part::<0x668, 0x670, M>(memory, gpa, to)?;
+            view.write_save::<0x668, 0x670>(to)?;
         }
         if self.control.virt_ext & virt_ext::LBR != 0 {
             (to.dbgctl, to.br_from, to.br_to) = (from.dbgctl, from.br_from, from.br_to);
             (to.last_excp_from, to.last_excp_to) = (from.last_excp_from, from.last_excp_to);
-            write_part::<0x670, 0x698, M>(memory, gpa, to)?;
+            view.write_save::<0x670, 0x698>(to)?;
         }
         Ok(())
     }

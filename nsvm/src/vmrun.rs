@@ -3,7 +3,7 @@
 //! Called by [`crate::l1`] only. What it leaves open (the root of the shadow page table, ASID, TLB_CONTROL, interrupt
 //! masking) the embedder and [`NestedSvm::prepare_entry`] fill in.
 
-use hvcore::addr::{L1Gpa, Level};
+use hvcore::addr::Level;
 use hvcore::memory::{GuestMemory, MemoryError};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
@@ -11,6 +11,7 @@ use crate::caps::{Config, Features};
 use crate::check::{self, Refusal};
 use crate::machine::Machine;
 use crate::state::{Context, NestedSvm};
+use crate::view::View;
 use crate::vmcb::bits::{Event, Intercepts, clean, cr4, int_ctl, int_state, misc1, misc2, np, rflags, tlb, virt_ext};
 use crate::vmcb::{Control, ENLIGHTENED_VMCB_OFFSET, EnlightenedVmcbFields, SAVE_OFFSET, Save, Segment, Vmcb};
 
@@ -81,15 +82,6 @@ impl Descriptors {
     }
 }
 
-#[inline(always)]
-fn read_part<const FROM: usize, const TO: usize, M: GuestMemory + ?Sized>(
-    memory: &M,
-    vmcb12: u64,
-    save: &mut Save,
-) -> Result<(), MemoryError> {
-    memory.read(L1Gpa::new(vmcb12.wrapping_add(FROM as u64)), part::<FROM, TO>(save))
-}
-
 /// Clears what L1 was not offered, and reserved bits that VMRUN ignores.
 pub(crate) fn sanitize(config: &Config, control: &mut Control) {
     let offered = config.offered;
@@ -145,7 +137,8 @@ impl NestedSvm {
         hv: &mut EnlightenedVmcbFields,
     ) -> Result<u32, MemoryError> {
         let head = self.control.as_mut_bytes().get_mut(..0xC8).unwrap_or_default();
-        memory.read(L1Gpa::new(gpa), head)?;
+        let view = View::new(memory, gpa);
+        view.read::<0>(head)?;
         let unchanged = if known && self.config.offered.has(Features::VMCB_CLEAN) { self.control.clean } else { 0 };
         sanitize(&self.config, &mut self.control);
         let save = &mut self.memory_save;
@@ -153,7 +146,7 @@ impl NestedSvm {
         if self.config.enlightened && unchanged & descriptors == 0 {
             // They are neighbours: one access.
             let mut both = Neighbours::new_zeroed();
-            memory.read(L1Gpa::new(gpa.wrapping_add(ENLIGHTENED_VMCB_OFFSET)), both.as_mut_bytes())?;
+            view.read::<0x3E0>(both.as_mut_bytes())?;
             *hv = both.enlightenments;
             both.descriptors.store(save);
         } else {
@@ -161,28 +154,28 @@ impl NestedSvm {
                 // VM_ID, VP_ID and the assist address are read at every entry, whatever clean bit 31 says: Linux
                 // writes its VP_ID after the first run and leaves the bit set.
                 let hv = hv.as_mut_bytes().get_mut(..24).unwrap_or_default();
-                memory.read(L1Gpa::new(gpa.wrapping_add(ENLIGHTENED_VMCB_OFFSET)), hv)?;
+                view.read::<0x3E0>(hv)?;
             }
             if unchanged & clean::SEG == 0 {
-                read_part::<0x400, 0x440, M>(memory, gpa, save)?;
+                view.read_save::<0x400, 0x440>(save)?;
             }
             if unchanged & clean::DT == 0 {
-                read_part::<0x460, 0x490, M>(memory, gpa, save)?;
+                view.read_save::<0x460, 0x490>(save)?;
             }
         }
         if unchanged & (clean::SEG | clean::CRX) != clean::SEG | clean::CRX {
-            read_part::<0x4C8, 0x4D8, M>(memory, gpa, save)?;
+            view.read_save::<0x4C8, 0x4D8>(save)?;
         }
-        read_part::<0x548, 0x580, M>(memory, gpa, save)?;
-        read_part::<0x5D8, 0x600, M>(memory, gpa, save)?;
+        view.read_save::<0x548, 0x580>(save)?;
+        view.read_save::<0x5D8, 0x600>(save)?;
         if unchanged & clean::CR2 == 0 {
-            read_part::<0x640, 0x648, M>(memory, gpa, save)?;
+            view.read_save::<0x640, 0x648>(save)?;
         }
         if unchanged & clean::NP == 0 && self.control.np_control & np::ENABLE != 0 {
-            read_part::<0x668, 0x670, M>(memory, gpa, save)?;
+            view.read_save::<0x668, 0x670>(save)?;
         }
         if unchanged & clean::LBR == 0 && self.control.virt_ext & virt_ext::LBR != 0 {
-            read_part::<0x670, 0x698, M>(memory, gpa, save)?;
+            view.read_save::<0x670, 0x698>(save)?;
         }
         Ok(unchanged)
     }
@@ -321,4 +314,4 @@ impl NestedSvm {
 /// Bits of RFLAGS that exist: all others read as zero, bit 1 as one.
 const RFLAGS_DEFINED: u64 = 0x003F_7FD5;
 
-const _: () = assert!(SAVE_OFFSET == 0x400);
+const _: () = assert!(SAVE_OFFSET == 0x400 && ENLIGHTENED_VMCB_OFFSET == 0x3E0);

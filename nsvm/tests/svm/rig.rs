@@ -1,6 +1,7 @@
 //! One VP with 1 MiB of L1 memory.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use hvcore::addr::{Hpa, L1Gpa, Level};
 use hvcore::memory::{GuestMemory, MemoryError};
@@ -24,18 +25,36 @@ pub const MSRPM02: u64 = 0xAA_0000;
 pub const IOPM02: u64 = 0xBB_0000;
 
 pub struct Memory {
-    pub bytes: RefCell<Vec<u8>>,
+    pub words: Vec<AtomicU64>,
     pub reads: Cell<usize>,
     pub writes: Cell<usize>,
     /// Writes fail.
     pub read_only: Cell<bool>,
+    /// Pages are lent.
+    pub lends: Cell<bool>,
 }
 
 impl Memory {
     fn span(&self, gpa: L1Gpa, len: usize) -> Result<std::ops::Range<usize>, MemoryError> {
         let from = gpa.raw() as usize;
         let to = from.checked_add(len).ok_or(MemoryError)?;
-        if to > self.bytes.borrow().len() { Err(MemoryError) } else { Ok(from..to) }
+        if to > self.words.len() * 8 { Err(MemoryError) } else { Ok(from..to) }
+    }
+
+    pub fn load(&self, from: usize, buf: &mut [u8]) {
+        for (i, byte) in buf.iter_mut().enumerate() {
+            let at = from + i;
+            *byte = self.words[at / 8].load(Ordering::Relaxed).to_le_bytes()[at % 8];
+        }
+    }
+
+    pub fn store(&self, from: usize, buf: &[u8]) {
+        for (i, byte) in buf.iter().enumerate() {
+            let at = from + i;
+            let mut word = self.words[at / 8].load(Ordering::Relaxed).to_le_bytes();
+            word[at % 8] = *byte;
+            self.words[at / 8].store(u64::from_le_bytes(word), Ordering::Relaxed);
+        }
     }
 }
 
@@ -43,7 +62,7 @@ impl GuestMemory for Memory {
     fn read(&self, gpa: L1Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         self.reads.set(self.reads.get() + 1);
         let span = self.span(gpa, buf.len())?;
-        buf.copy_from_slice(&self.bytes.borrow()[span]);
+        self.load(span.start, buf);
         Ok(())
     }
     fn write(&self, gpa: L1Gpa, buf: &[u8]) -> Result<(), MemoryError> {
@@ -52,8 +71,12 @@ impl GuestMemory for Memory {
             return Err(MemoryError);
         }
         let span = self.span(gpa, buf.len())?;
-        self.bytes.borrow_mut()[span].copy_from_slice(buf);
+        self.store(span.start, buf);
         Ok(())
+    }
+    fn page(&self, gpa: L1Gpa) -> Option<&[AtomicU64; 512]> {
+        let span = self.span(gpa, 4096).ok().filter(|_| self.lends.get())?;
+        self.words[span.start / 8..][..512].try_into().ok()
     }
     fn compare_exchange_u8(&self, _: L1Gpa, _: u8, _: u8) -> Result<Result<u8, u8>, MemoryError> {
         Err(MemoryError)
@@ -71,7 +94,7 @@ impl Code for Memory {
     fn fetch(&self, _: Level, vmcb: &Vmcb, bytes: &mut [u8; 15]) -> usize {
         match self.span(L1Gpa::new(vmcb.save.rip), 15) {
             Ok(span) => {
-                bytes.copy_from_slice(&self.bytes.borrow()[span]);
+                self.load(span.start, bytes);
                 15
             }
             Err(_) => 0,
@@ -187,10 +210,11 @@ impl Rig {
             iopm01: Box::new([0; 1536]),
             asids: AsidPool::new(0, 16, false).unwrap(),
             memory: Memory {
-                bytes: RefCell::new(vec![0; 1 << 20]),
+                words: (0..1 << 17).map(|_| AtomicU64::new(0)).collect(),
                 reads: Cell::new(0),
                 writes: Cell::new(0),
                 read_only: Cell::new(false),
+                lends: Cell::new(false),
             },
         }
     }
@@ -224,11 +248,13 @@ impl Rig {
     }
 
     pub fn write(&self, gpa: u64, bytes: &[u8]) {
-        self.memory.bytes.borrow_mut()[gpa as usize..][..bytes.len()].copy_from_slice(bytes);
+        self.memory.store(gpa as usize, bytes);
     }
 
     pub fn read<const N: usize>(&self, gpa: u64) -> [u8; N] {
-        self.memory.bytes.borrow()[gpa as usize..][..N].try_into().unwrap()
+        let mut bytes = [0; N];
+        self.memory.load(gpa as usize, &mut bytes);
+        bytes
     }
 
     /// Writes L1's VMCB to memory.
@@ -238,8 +264,7 @@ impl Rig {
 
     /// Reads L1's VMCB back.
     pub fn get(&mut self) {
-        let bytes = self.memory.bytes.borrow();
-        self.vmcb12.as_mut_bytes().copy_from_slice(&bytes[VMCB12 as usize..][..4096]);
+        self.memory.load(VMCB12 as usize, self.vmcb12.as_mut_bytes());
     }
 
     /// L1 exits with `code` at an instruction of these bytes.
