@@ -3,7 +3,10 @@
 //! Filled by the embedder as VPs come online; read by the flush engine and by handlers of IPIs. Uses nothing.
 
 use core::num::NonZeroU64;
+#[cfg(not(loom))]
 use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use tlfs_abi::vp_set::{BankIter, MAX_VP_INDEX, VPS_PER_BANK, VpSet};
 
 /// A VP's place in the embedder's arrays, below 4,096.

@@ -63,7 +63,7 @@ impl World {
         let vps: &'static [_] = Vec::leak((0..vps).map(|_| VpFlush::new()).collect());
         let zeros = |n: usize| -> &'static [AtomicU64] { Vec::leak((0..n).map(|_| AtomicU64::new(0)).collect()) };
         let index = TargetIndex::new(vps.len(), zeros(1), zeros(4)).unwrap();
-        // The map's atomics are not loom's: it is filled before the threads start.
+        // The map has a model of its own: here it is filled before the threads start.
         let map = VpIndexMap::new(
             Vec::leak(vps.iter().map(|_| Default::default()).collect()),
             Vec::leak(vec![Default::default()]),

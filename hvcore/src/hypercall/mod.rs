@@ -23,6 +23,11 @@
 //! A call that fails in steps 2 to 6 reports zero reps completed; one that fails later reports the total, which
 //! includes the reps before its start index.
 //!
+//! Bit 31 of the input value, "for the L0 hypervisor", is a reserved bit unless the partition has
+//! [`Privileges::NESTED_CALLS`] and the caller is in L1: such a call from L2 is for L1 to pass on. The TLFS answers a
+//! GPA outside the GPA space with HV_STATUS_INVALID_ALIGNMENT; guest memory does not tell such a GPA from one that is
+//! merely not backed, so both are HV_STATUS_INVALID_HYPERCALL_INPUT here.
+//!
 //! # Example
 //!
 //! ```
