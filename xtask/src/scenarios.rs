@@ -99,7 +99,7 @@ const BASE: Scenario = Scenario {
     memory: 256,
     typed: None,
     expect: Expect::Success,
-    timeout: 30,
+    timeout: 120,
 };
 
 const BOCHS: Machine = Machine::Bochs("corei7_skylake_x");
