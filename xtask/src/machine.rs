@@ -80,11 +80,17 @@ impl Ended {
         self.output.lines().rev().find_map(|l| l.trim().strip_prefix("[exit ")?.strip_suffix(']')?.parse().ok())
     }
 
-    /// A number of the line `stats: exits=N l0_instructions=N`, when the image printed one.
+    /// A number of the line `stats: exits=N l0_instructions=N`, when the image or L0 printed one.
     pub fn stat(&self, name: &str) -> Option<u64> {
-        let line = self.output.lines().rev().find_map(|l| l.trim().strip_prefix("stats: "))?;
+        let line = self.output.lines().chain(self.emulator.lines()).filter_map(stats_of).next_back()?;
         line.split_ascii_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
     }
+}
+
+/// What follows `stats:` in a line that says so.
+fn stats_of(line: &str) -> Option<&str> {
+    let line = line.trim();
+    line.strip_prefix("l0: ").unwrap_or(line).strip_prefix("stats: ")
 }
 
 /// Boots the image with QEMU's own multiboot loader.

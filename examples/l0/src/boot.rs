@@ -138,10 +138,16 @@ fn shared(boot: &BootInfo, hole: Range, svm: cpu::CpuidResult) -> Shared {
         svm,
         hyperv: HyperV::new(address_bits),
         enlighten,
-        audit: boot.command_line.split_ascii_whitespace().any(|w| w == "audit"),
+        count: has_word(boot, "count"),
+        audit: has_word(boot, "audit"),
         mutant: boot.argument("mutant").and_then(Mutant::named),
-        test_hooks: boot.command_line.split_ascii_whitespace().any(|w| w == "test-hooks"),
+        test_hooks: has_word(boot, "test-hooks"),
     }
+}
+
+/// True when `word` is on L0's command line.
+fn has_word(boot: &BootInfo, word: &str) -> bool {
+    boot.command_line.split_ascii_whitespace().any(|w| w == word)
 }
 
 /// What L1 is offered of SVM: all that this processor and the library have.

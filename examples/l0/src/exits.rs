@@ -7,6 +7,7 @@ use hw::{apic, msr, port, svm};
 use nsvm::insn::Kind;
 use nsvm::{Fault, L1Exit, exit_code as code};
 
+use crate::counters;
 use crate::cpuid;
 use crate::debug;
 use crate::fatal::Failure;
@@ -14,6 +15,7 @@ use crate::hyperv;
 use crate::mmio;
 use crate::nested;
 use crate::npt01::Kind as Page;
+use crate::permissions::DEBUG_EXIT;
 use crate::vp::Vp;
 
 /// Carries out the exit that VMCB01 tells.
@@ -205,19 +207,62 @@ pub fn npf(vp: &mut Vp, gpa: u64, info: u64) -> Result<(), Failure> {
     Err(Failure::UnexpectedFault)
 }
 
-/// The port of L0's messages: reads give ones, writes vanish.
+/// A port that L0 watches. Its own: reads give ones, writes vanish. Those that end the machine: carried out, after
+/// L0 has printed its counters.
 fn io_exit(vp: &mut Vp) {
+    let shared = vp.shared;
     let v = vp.vmcb();
     let (info, next) = (v.control.exit_info_1, v.control.exit_info_2);
+    let (number, input, size) = ((info >> 16) as u16, info & 1 != 0, info >> 4 & 7);
     let string = info & 1 << 2 != 0;
-    if info & 1 != 0 && !string {
-        v.save.rax = match info >> 4 & 7 {
-            1 => v.save.rax | 0xff,
-            2 => v.save.rax | 0xffff,
-            _ => 0xffff_ffff,
+    let rax = v.save.rax;
+    let own = (number..number.saturating_add(size as u16)).contains(&debug::PORT);
+    if !string {
+        let value = match (input, own, size) {
+            (true, true, _) => u32::MAX,
+            // SAFETY: L1 owns the port, and would have done this itself.
+            (true, false, 1) => unsafe { port::inb(number) }.into(),
+            // SAFETY: as above.
+            (true, false, 2) => unsafe { port::inw(number) }.into(),
+            // SAFETY: as above.
+            (true, false, _) => unsafe { port::inl(number) },
+            (false, true, _) => {
+                if shared.test_hooks && rax as u8 == b'S' {
+                    counters::print(shared.ipis.count());
+                }
+                0
+            }
+            (false, false, _) => {
+                end(vp, number, rax as u32, size);
+                0
+            }
         };
+        if input {
+            let v = vp.vmcb();
+            let value = u64::from(value);
+            v.save.rax = match size {
+                1 => rax & !0xff | value & 0xff,
+                2 => rax & !0xffff | value & 0xffff,
+                _ => value,
+            };
+        }
     }
-    v.complete_instruction(next);
+    vp.vmcb().complete_instruction(next);
+}
+
+/// L1 writes to a port that may end the machine.
+fn end(vp: &mut Vp, number: u16, value: u32, size: u64) {
+    if number == DEBUG_EXIT || value & 1 << 13 != 0 {
+        counters::print(vp.shared.ipis.count());
+    }
+    // SAFETY: L1 owns the port, and would have done this itself.
+    unsafe {
+        match size {
+            1 => port::outb(number, value as u8),
+            2 => port::outw(number, value as u16),
+            _ => port::outl(number, value),
+        }
+    }
 }
 
 /// L1 shut down (a triple fault): the machine resets, as it would without L0.
@@ -226,6 +271,7 @@ pub fn reset_machine(vp: &mut Vp) -> Result<(), Failure> {
         "l0: cpu {}: L1 shut down at rip {:#x}: resetting the machine",
         vp.id, vp.m.vmcb01.save.rip
     ));
+    counters::print(vp.shared.ipis.count());
     // SAFETY: the reset port of PC chipsets, then the keyboard controller's: the machine restarts.
     unsafe {
         port::outb(0xcf9, 0x02);

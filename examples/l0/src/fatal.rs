@@ -38,7 +38,8 @@ pub fn give_up(args: core::fmt::Arguments<'_>) -> ! {
 
 /// Ends the run with a screen about `vp`.
 pub fn report(vp: &mut Vp, failure: Failure) -> ! {
-    print_dying(format_args!("l0: GAVE UP: {failure:?} on cpu {} after {} exits", vp.id, vp.exits));
+    let exits = vp.counters.l1_exits.get() + vp.counters.l2_exits.get();
+    print_dying(format_args!("l0: GAVE UP: {failure:?} on cpu {} after {exits} exits", vp.id));
     print_dying(format_args!("l0: VMCB01:"));
     vmcb(vp.m.vmcb01);
     print_dying(format_args!("l0: VMCB02:"));

@@ -5,7 +5,7 @@
 use core::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use hvcore::addr::{L1Gpa, L2Gpa, Level};
-use hvcore::direct::{self, DirectFlush};
+use hvcore::direct::{self, DirectFlush, Reason};
 use hvcore::flush::{
     EntryFlush, FlushCalls, FlushDomain, GvaFlush, GvaScope, NestedContext, NestedIds, Posted, SecondStageFlush,
     SecondStageItem, SecondStageScope, Shootdown, TargetIndex, VpFlush,
@@ -34,6 +34,7 @@ use tlfs_abi::status::HvStatus;
 use tlfs_abi::vp_set::VpSet;
 
 use crate::audit;
+use crate::counters::Counters;
 use crate::exits;
 use crate::fatal::{Failure, give_up};
 use crate::ipi::MAX_CPUS;
@@ -128,6 +129,7 @@ impl HyperV {
 pub struct Calls<'c> {
     flush: FlushCalls<'c, 'static>,
     shared: &'static Shared,
+    counters: &'static Counters,
     vm_id: u64,
     /// What the auditor was told.
     audited: Option<audit::Request>,
@@ -145,6 +147,7 @@ impl FlushVirtual for Calls<'_> {
         if self.shared.audit {
             self.audit(target);
         }
+        self.counters.flush_spaces.add(1);
         self.flush.flush_space(target)
     }
 
@@ -152,6 +155,7 @@ impl FlushVirtual for Calls<'_> {
         if self.shared.audit {
             self.audit(target);
         }
+        self.counters.flush_ranges.add(ranges.raw.len() as u64);
         self.flush.flush_list(target, ranges)
     }
 }
@@ -269,11 +273,13 @@ fn perform<C: CallerMemory + ?Sized>(vp: &mut Vp, level: Level, vm_id: u64, memo
     let caller = hyperv.interface.caller(mode(vmcb), level);
     let mut registers = CallRegisters { vmcb, gprs: vp.m.gprs };
     let flush = FlushCalls::new(hyperv.domain, &hyperv.map, vm_id, &mut vp.hyperv.shootdown);
-    let mut calls = Calls { flush, shared, vm_id, audited: None };
+    let mut calls = Calls { flush, shared, counters: vp.counters, vm_id, audited: None };
     let outcome = handle(&mut calls, &caller, &mut registers, memory, &mut vp.hyperv.scratch);
     let (posted, audited) = (calls.flush.posted(), calls.audited);
     if posted != Posted::Done {
-        settle(shared, &mut vp.hyperv.shootdown, posted);
+        settle(shared, &mut vp.hyperv.shootdown, posted, vp.counters);
+    } else {
+        vp.counters.waits_avoided.add(1);
     }
     if let (Some(request), Outcome::Complete(_)) = (audited, &outcome) {
         audit::complete(request);
@@ -285,11 +291,13 @@ fn perform<C: CallerMemory + ?Sized>(vp: &mut Vp, level: Level, vm_id: u64, memo
 ///
 /// GIF is clear: a kick to this processor is held meanwhile. No one waits for it, as it has left its guest, which it
 /// told before (`LocalFlush::exit`).
-fn settle(shared: &Shared, shootdown: &mut Shootdown, posted: Posted) {
+fn settle(shared: &Shared, shootdown: &mut Shootdown, posted: Posted, counters: &Counters) {
     if shared.mutant == Some(Mutant::NoKick) {
         return;
     }
+    counters.flush_waits.add(u64::from(posted == Posted::Wait));
     for slot in shootdown.kicks() {
+        counters.flush_kicks.add(1);
         shared.kick(usize::from(slot));
     }
     if posted == Posted::Wait {
@@ -304,6 +312,7 @@ pub fn l1_call(vp: &mut Vp) {
     if !vp.shared.enlighten {
         return exits::raise(vp, Fault::UD);
     }
+    vp.counters.l1_calls.add(1);
     let memory = &vp.shared.memory;
     match perform(vp, Level::L1, 0, &L1Caller(memory)) {
         Outcome::Complete(_) => {
@@ -324,6 +333,7 @@ pub fn takes(
     enlightenments: &EnlightenedVmcbFields,
     vmcb: &Vmcb,
     gprs: &Gprs,
+    counters: &Counters,
 ) -> bool {
     let input = match mode(vmcb).width {
         Width::Bits64 => gprs.rcx,
@@ -331,13 +341,21 @@ pub fn takes(
     };
     let call = HypercallInput(input).call_code();
     let in_context = enlightenments.enlightenments_control.nested_flush_virtual_hypercall();
-    direct::authorise(&hyperv.interface, vp, in_context, call, memory) == DirectFlush::Allowed
+    match direct::authorise(&hyperv.interface, vp, in_context, call, memory) {
+        DirectFlush::Allowed => true,
+        DirectFlush::Reflect(Reason::OtherCall) => false,
+        DirectFlush::Reflect(_) => {
+            counters.reflected_flushes.add(1);
+            false
+        }
+    }
 }
 
 /// A direct flush: L2's hypercall, done by L0. `next_rip` is behind the instruction.
 pub fn direct_flush(vp: &mut Vp, next_rip: u64) -> Result<(), Failure> {
     let (vm_id, assist) = (vp.nested.enlightenments().vm_id, vp.nested.enlightenments().partition_assist_page);
     let memory = &vp.shared.memory;
+    vp.counters.direct_flushes.add(1);
     let outcome = match vp.m.code.second_stage() {
         Some(walk) => perform(vp, Level::L2, vm_id, &L2Caller { memory, second_stage: &walk }),
         None => perform(vp, Level::L2, vm_id, &L1Caller(memory)),
@@ -352,10 +370,10 @@ pub fn direct_flush(vp: &mut Vp, next_rip: u64) -> Result<(), Failure> {
             let locked = (assist & 0xfff == 0).then(|| memory.read_u32(L1Gpa::new(assist)).ok()).flatten();
             match locked {
                 Some(0) => Ok(()),
-                Some(_) => match vp.nested.synthetic_exit(&mut vp.m) {
-                    L2Exit::Shutdown => exits::reset_machine(vp),
-                    _ => Ok(()),
-                },
+                Some(_) => {
+                    vp.counters.synthetic_exits.add(1);
+                    synthetic_exit(vp)
+                }
                 None => {
                     refuse(vp, result);
                     Ok(())
@@ -367,6 +385,14 @@ pub fn direct_flush(vp: &mut Vp, next_rip: u64) -> Result<(), Failure> {
             exits::raise(vp, Fault::UD);
             Ok(())
         }
+    }
+}
+
+/// L1 locked the TLB: it is told of the flush.
+fn synthetic_exit(vp: &mut Vp) -> Result<(), Failure> {
+    match vp.nested.synthetic_exit(&mut vp.m) {
+        L2Exit::Shutdown => exits::reset_machine(vp),
+        _ => Ok(()),
     }
 }
 
@@ -399,9 +425,18 @@ pub fn apply(
     shadow: &mut nsvm::npt::NptShadow<'static>,
     level: Level,
     flush: &EntryFlush<'_, 16>,
+    counters: &Counters,
 ) {
-    if flush.gva != GvaFlush::None {
-        nested.retire_tag(level);
+    match flush.gva {
+        GvaFlush::None => {}
+        GvaFlush::Ranges(_) => {
+            counters.entry_ranges.add(1);
+            nested.retire_tag(level);
+        }
+        GvaFlush::EverythingNonGlobal | GvaFlush::Everything => {
+            counters.entry_everything.add(1);
+            nested.retire_tag(level);
+        }
     }
     match flush.second_stage {
         SecondStageFlush::None => return,
@@ -490,10 +525,10 @@ fn overlay_changed(vp: &mut Vp, which: Overlay) {
     let shootdown = &mut vp.hyperv.shootdown;
     let hyperv = &shared.hyperv;
     let posted = hyperv.domain.flush_l1(&hyperv.map, VpSet::All, GvaScope::Everything, shootdown);
-    settle(shared, shootdown, posted);
+    settle(shared, shootdown, posted, vp.counters);
     for gpa in [old, interface.overlay(which).map(L1Gpa::raw)].into_iter().flatten() {
         let scope = SecondStageScope::L1Pages { first: L1Gpa::new(gpa), pages: 1 };
         let posted = hyperv.domain.flush_second_stage(scope, shootdown);
-        settle(shared, shootdown, posted);
+        settle(shared, shootdown, posted, vp.counters);
     }
 }

@@ -9,6 +9,7 @@
 
 pub mod audit;
 pub mod boot;
+pub mod counters;
 pub mod cpuid;
 pub mod debug;
 pub mod exits;

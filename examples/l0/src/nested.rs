@@ -60,6 +60,7 @@ pub fn enter_l2(vp: &mut Vp, invalidate: Invalidate) {
             vp.shadow.flush_all_asids();
         }
     }
+    vp.counters.l2_entries.add(1);
     hyperv::set_context(vp);
     match context(vp) {
         Some(context) => {
@@ -85,9 +86,9 @@ fn context(vp: &Vp) -> Option<NptContext> {
 
 /// Carries out the exit that VMCB02 tells.
 pub fn l2(vp: &mut Vp) -> Result<(), Failure> {
-    let (shared, msrs) = (vp.shared, &vp.hyperv.msrs);
+    let (shared, msrs, counters) = (vp.shared, &vp.hyperv.msrs, vp.counters);
     let outcome = vp.nested.l2_exit(&mut vp.m, |enlightenments, vmcb, gprs| {
-        hyperv::takes(&shared.hyperv, msrs, &shared.memory, enlightenments, vmcb, gprs)
+        hyperv::takes(&shared.hyperv, msrs, &shared.memory, enlightenments, vmcb, gprs, counters)
     });
     settle(vp, outcome)
 }
@@ -112,7 +113,10 @@ fn settle(vp: &mut Vp, outcome: L2Exit) -> Result<(), Failure> {
 fn page_fault(vp: &mut Vp, gpa: L2Gpa, error: u64) -> Result<(), Failure> {
     let map = vp.shared.l1map;
     match vp.shadow.fault(&vp.shared.memory, &map, gpa, error) {
-        NptOutcome::Resume => Ok(()),
+        NptOutcome::Resume => {
+            vp.counters.shadow_fills.add(1);
+            Ok(())
+        }
         NptOutcome::Reflect { info1, info2 } => reflect_npf(vp, info1, info2),
         NptOutcome::Embedder(L1Access {
             l1,

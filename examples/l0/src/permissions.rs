@@ -78,9 +78,18 @@ pub static MSRPM01: MsrMap = {
     map
 };
 
-/// Ports that exit: L0's own.
+/// The emulator's debug-exit port: a write ends the machine.
+pub const DEBUG_EXIT: u16 = 0xf4;
+/// Power management control of QEMU's chipsets (PIIX4 and ICH9) as its firmware places it: a write with bit 13 set
+/// powers the machine off.
+pub const POWER: [u16; 2] = [0x604, 0xb004];
+
+/// Ports that exit: L0's own, and those by which L1 ends the machine, so that L0 prints its counters before.
 pub static IOPM01: IoMap = {
     let mut map = IoMap::new();
     map.intercept(crate::debug::PORT);
+    map.intercept(DEBUG_EXIT);
+    map.intercept(POWER[0]);
+    map.intercept(POWER[1]);
     map
 };

@@ -45,6 +45,8 @@ pub struct Shared {
     pub enlighten: bool,
     /// Hooks for tests are offered.
     pub test_hooks: bool,
+    /// Instructions in L0 are counted.
+    pub count: bool,
     /// The TLB auditor is on.
     pub audit: bool,
     /// A fault to commit.

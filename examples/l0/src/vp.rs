@@ -15,6 +15,7 @@ use nsvm::npt::NptShadow;
 use nsvm::{Entry, EntryPlan, Machine, MergedMap, NestedSvm, exit_code};
 
 use crate::audit;
+use crate::counters::{self, Counters};
 use crate::exits;
 use crate::fatal::Failure;
 use crate::fetch::Fetch;
@@ -126,8 +127,10 @@ pub struct Vp {
     init_held: bool,
     /// The vector of a SIPI that came behind it.
     held_sipi: Option<u8>,
-    /// Exits so far.
-    pub exits: u64,
+    /// What it counts.
+    pub counters: &'static Counters,
+    /// When the guest left last, where instructions are counted.
+    left_at: u64,
 }
 
 impl Vp {
@@ -183,7 +186,8 @@ impl Vp {
             hyperv,
             init_held: false,
             held_sipi: None,
-            exits: 0,
+            counters: counters::of(id),
+            left_at: cpu::rdtsc(),
         };
         shared.ipis.add(id, shared.apic.id());
         vp.init();
@@ -281,7 +285,7 @@ impl Vp {
         if let Some(due) = self.flush.enter(level)
             && self.shared.mutant != Some(Mutant::DrainSkipped)
         {
-            hyperv::apply(&mut self.nested, &mut self.shadow, level, &due);
+            hyperv::apply(&mut self.nested, &mut self.shadow, level, &due, self.counters);
             // An overlay page that moved looks like this, too.
             self.m.code.forget();
         }
@@ -298,13 +302,14 @@ impl Vp {
             Entry::Shutdown => return exits::reset_machine(self),
         };
         self.enter(&plan);
-        self.exits += 1;
         match plan.level {
             Level::L1 => {
+                self.counters.l1_exits.add(1);
                 self.left(exit_code::is_invalid(self.m.vmcb01.control.exit_code));
                 exits::l1(self)
             }
             Level::L2 => {
+                self.counters.l2_exits.add(1);
                 let refused = exit_code::is_invalid(self.m.vmcb02.control.exit_code);
                 self.left(refused);
                 if !refused {
@@ -348,9 +353,15 @@ impl Vp {
         if self.shared.audit {
             self.audit_entry(plan.level);
         }
+        if self.shared.count {
+            self.counters.l0_instructions.add(cpu::rdtsc().wrapping_sub(self.left_at));
+        }
         // SAFETY: GIF is clear since `new`; the addresses are of this VP's own pages; the guest is confined by
         // nested paging to memory that is not L0's.
         unsafe { svm::run(&mut self.m.gprs.0, vmcb, self.pa.vmcb01, self.pa.host_state) };
+        if self.shared.count {
+            self.left_at = cpu::rdtsc();
+        }
         if self.shared.audit {
             audit::leave(self.id, !exit_code::is_invalid(self.vmcb().control.exit_code));
         }
