@@ -314,3 +314,50 @@ fn vtx_tags_guest_physical_entries_by_root_alone() {
     assert!(go(1, &|m| m.tlb.invept_single(0x9000)).is_ok(), "another root");
     assert!(matches!(go(1, &|m| m.tlb.invept_single(n.root2)), Err(Fault::EptViolation { .. })));
 }
+
+/// A table page is unlinked and used anew: until its tag is flushed, walks still go through it.
+#[test]
+fn a_cached_table_is_walked_until_its_tag_is_flushed() {
+    for format in [Format::Level4, Format::Ept] {
+        let amd = format == Format::Level4;
+        let n = nested(format, if amd { P | W | U } else { RWX | WB });
+        let tag = if amd { Tag::amd(5, true) } else { Tag::intel(5, Some(n.root2)) };
+        let run = |tables: usize, flush: bool| {
+            let mut mmu = Mmu::new(64, 1);
+            mmu.audit = true;
+            mmu.tlb.cache_tables(tables);
+            let get = |mmu: &mut Mmu| mmu.access(&n.mem, &n.cx, tag, VA, Access::user(Read));
+            assert_eq!(get(&mut mmu), Ok(PAGE + SHIFT + 0x678));
+            // Unlink the leaf table of the nested tree; every leaf entry leaves the TLB by eviction.
+            let top = n.mem.read(n.root2, 8);
+            n.mem.write(n.root2, 8, 0);
+            while !mmu.tlb.is_empty() {
+                mmu.tlb.evict();
+            }
+            if flush {
+                mmu.tlb.flush_asid(5);
+                mmu.tlb.invept_single(n.root2);
+            }
+            let got = get(&mut mmu);
+            n.mem.write(n.root2, 8, top);
+            (got.is_ok(), mmu.stale_count)
+        };
+        assert_eq!(run(16, false), (true, 1), "{format:?}: stale through the cached table");
+        assert_eq!(run(16, true), (false, 0), "{format:?}: flushed");
+        assert_eq!(run(0, false), (false, 0), "{format:?}: no such cache");
+    }
+}
+
+#[test]
+fn a_cached_table_never_makes_a_fault() {
+    let n = nested(Format::Level4, P | W | U);
+    let mut mmu = Mmu::new(64, 1);
+    let go = |mmu: &mut Mmu, kind| mmu.access(&n.mem, &n.cx, Tag::amd(5, true), VA, Access::user(kind));
+    // The top entry lacks W: guest tables cannot be touched; then it gets W back, without a flush.
+    let top = n.mem.read(n.root2, 8);
+    n.mem.write(n.root2, 8, top | NX);
+    assert!(go(&mut mmu, Read).is_ok());
+    assert!(go(&mut mmu, Fetch).is_err());
+    n.mem.write(n.root2, 8, top & !NX);
+    assert!(go(&mut mmu, Fetch).is_ok(), "cached rights were less than what memory has now");
+}

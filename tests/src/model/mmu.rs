@@ -4,13 +4,13 @@
 //! included. An entry whose rights do not suffice is walked again, as AMD-V promises; with `spurious` set, the fault
 //! may come from the cached rights instead, as the SDM allows (VT-x only).
 //!
-//! With `audit` on, each hit is compared with a fresh walk of what memory says now and differences are kept in
+//! With `audit` on, each result is compared with a fresh walk of what memory says now and differences are kept in
 //! `stale` (the first 64) and counted. A stale hit is legal hardware behaviour: whether it is a bug of the software
 //! under test, the test knows.
 
 use super::mem::PhysMem;
 use super::rng::Rng;
-use super::tlb::{Entry, Kind as TlbKind, Rights, Tag, Tlb};
+use super::tlb::{Entry, Kind as TlbKind, Rights, Table, Tag, Tlb};
 use super::walk::{self, Access, Context, Fault, GpaCache, Kind, Purpose, Second, Stage2, Vendor, Verdict};
 
 /// A hit whose entry no longer agrees with memory.
@@ -32,7 +32,7 @@ pub struct Stale {
 pub struct Mmu {
     /// The TLB; each entry remembers the context that it was walked in.
     pub tlb: Tlb<Context>,
-    /// Compare each hit with memory.
+    /// Compare each result with memory.
     pub audit: bool,
     /// Faults may come from cached rights, this many times in 1,024.
     pub spurious: u32,
@@ -72,6 +72,10 @@ impl Mmu {
             Ok(hit) => {
                 if cx.linear.mode != walk::Mode::Off || nested {
                     self.tlb.insert(tag, addr, hit.entry(*cx));
+                    if self.audit {
+                        // Cached guest-physical translations and tables may have led the walk astray.
+                        self.check(mem, cx, tag, addr, access, hit.hpa);
+                    }
                 }
                 Ok(hit.hpa)
             }
@@ -146,6 +150,14 @@ impl GpaCache for Cached<'_> {
         };
         let hpa = entry.base | (gpa & (entry.size.bytes() - 1));
         enough.then_some(Stage2 { hpa, size: entry.size, rights: r, memory_type: 0 })
+    }
+
+    fn table(&mut self, gpa: u64) -> Option<Table> {
+        self.tlb.table(self.tag, gpa)
+    }
+
+    fn put_table(&mut self, gpa: u64, table: Table) {
+        self.tlb.put_table(self.tag, gpa, table);
     }
 
     fn put(&mut self, gpa: u64, found: &Stage2) {

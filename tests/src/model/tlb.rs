@@ -18,6 +18,9 @@
 //! 0: it belongs to its root alone (SDM volume 3, "Caching translation information"). On AMD-V the nested
 //! translations belong to the ASID.
 //!
+//! Pointers to second-stage tables (paging-structure caches) live under the tags of guest-physical entries and go with
+//! them.
+//!
 //! Invalidations drop exactly what the manuals promise and never more: whatever may survive does survive here.
 
 use std::collections::HashMap;
@@ -139,6 +142,17 @@ impl Rights {
     pub const ALL: Self = Self { read: true, write: true, exec: true, user: true, dirty: true };
 }
 
+/// A cached pointer into a tree of second-stage tables: the table to read next, and the rights of all entries above it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Table {
+    /// Level of the table: 1 holds 4 KiB leaves.
+    pub level: u8,
+    /// Physical address of the table.
+    pub base: u64,
+    /// Rights that the entries above it leave.
+    pub rights: Rights,
+}
+
 impl<O> Entry<O> {
     /// A 4 KiB entry with all rights, for tests that have no page tables.
     pub const fn plain(base: u64, origin: O) -> Self {
@@ -203,6 +217,9 @@ pub struct Tlb<O> {
     by_size: [u32; 4],
     capacity: usize,
     rng: Rng,
+    /// Paging-structure caches of second-stage walks: tag, first address that the table translates.
+    tables: Vec<(Tag, u64, Table)>,
+    table_capacity: usize,
 }
 
 impl<O> Tlb<O> {
@@ -216,7 +233,44 @@ impl<O> Tlb<O> {
             by_size: [0; 4],
             capacity,
             rng: Rng::new(seed),
+            tables: Vec::new(),
+            table_capacity: 16,
         }
+    }
+
+    /// How many pointers to second-stage tables are cached; 16 at first, 0 for none. A table page that is used for
+    /// something else before its tag is flushed is then walked as what it was.
+    pub fn cache_tables(&mut self, capacity: usize) {
+        self.table_capacity = capacity;
+        self.tables.truncate(capacity);
+    }
+
+    /// The lowest cached table on the way to `addr`.
+    pub fn table(&self, tag: Tag, addr: u64) -> Option<Table> {
+        let on_the_way =
+            |(t, first, table): &&(Tag, u64, Table)| *t == tag && first_address(addr, table.level) == *first;
+        self.tables.iter().filter(on_the_way).map(|e| e.2).min_by_key(|t| t.level)
+    }
+
+    /// Caches a table on the way to `addr`.
+    pub fn put_table(&mut self, tag: Tag, addr: u64, table: Table) {
+        if self.table_capacity == 0 {
+            return;
+        }
+        let entry = (tag, first_address(addr, table.level), table);
+        let same = self.tables.iter_mut().find(|e| e.0 == tag && e.1 == entry.1 && e.2.level == table.level);
+        if let Some(same) = same {
+            *same = entry;
+        } else if self.tables.len() < self.table_capacity {
+            self.tables.push(entry);
+        } else {
+            let slot = self.rng.below(self.tables.len() as u64) as usize;
+            self.tables[slot] = entry;
+        }
+    }
+
+    fn drop_tables(&mut self, gone: impl Fn(Tag) -> bool) {
+        self.tables.retain(|e| !gone(e.0));
     }
 
     /// Number of entries.
@@ -310,6 +364,7 @@ impl<O> Tlb<O> {
         self.keys.clear();
         self.entries.clear();
         self.by_size = [0; 4];
+        self.tables.clear();
         n
     }
 
@@ -359,11 +414,13 @@ impl<O> Tlb<O> {
 
     /// TLB_CONTROL 3: everything of `asid`.
     pub fn flush_asid(&mut self, asid: u32) -> usize {
+        self.drop_tables(|t| t.asid == asid);
         self.drop_if(|t, _, _| t.asid == asid)
     }
 
     /// TLB_CONTROL 7: everything of `asid` but global entries.
     pub fn flush_asid_non_global(&mut self, asid: u32) -> usize {
+        self.drop_tables(|t| t.asid == asid);
         self.drop_if(|t, _, _| t.asid == asid && t.pcid != ANY_PCID)
     }
 
@@ -386,16 +443,19 @@ impl<O> Tlb<O> {
 
     /// INVEPT type 1: guest-physical and combined entries of `ep4ta`, for all VPIDs. Linear entries stay.
     pub fn invept_single(&mut self, ep4ta: u64) -> usize {
+        self.drop_tables(|t| t.root == ep4ta);
         self.drop_if(|t, _, _| t.kind != Kind::Linear && t.root == ep4ta)
     }
 
     /// INVEPT type 2: guest-physical and combined entries of every root.
     pub fn invept_all(&mut self) -> usize {
+        self.drop_tables(|_| true);
         self.drop_if(|t, _, _| t.kind != Kind::Linear)
     }
 
     /// An EPT violation or page fault drops what would translate the faulting addresses in the current context.
     pub fn drop_faulting(&mut self, tag: Tag, addr: u64) -> usize {
+        self.tables.retain(|e| e.0 != tag || e.1 != first_address(addr, e.2.level));
         let mut n = 0;
         while let Some(slot) = self.find(tag, addr) {
             self.remove(slot);
@@ -403,6 +463,12 @@ impl<O> Tlb<O> {
         }
         n
     }
+}
+
+/// First address that the table of `level` on the way to `addr` translates.
+fn first_address(addr: u64, level: u8) -> u64 {
+    let above = 12 + 9 * u32::from(level);
+    if above < 64 { addr >> above << above } else { 0 }
 }
 
 /// Entries that translate linear addresses.

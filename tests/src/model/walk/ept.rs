@@ -1,8 +1,8 @@
 //! The walk of extended page tables (SDM volume 3, "The extended page-table mechanism (EPT)").
 
-use super::{Fault, Kind, Purpose, Stage2};
+use super::{Fault, GpaCache, Kind, Purpose, Stage2};
 use crate::model::mem::PhysMem;
-use crate::model::tlb::{PageSize, Rights};
+use crate::model::tlb::{PageSize, Rights, Table};
 
 /// An EPT and what the CPU offers for it (IA32_VMX_EPT_VPID_CAP).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -52,18 +52,45 @@ impl Ept {
         self.eptp & (1 << 6) != 0
     }
 
-    pub(super) fn resolve(&self, mem: &PhysMem, gpa: u64, why: Purpose, commit: bool) -> Result<Stage2, Fault> {
+    pub(super) fn resolve(
+        &self,
+        mem: &PhysMem,
+        gpa: u64,
+        why: Purpose,
+        commit: bool,
+        cache: &mut dyn GpaCache,
+    ) -> Result<Stage2, Fault> {
+        if let Some(table) = cache.table(gpa) {
+            // A fault found from a cached table proves nothing: the tables decide.
+            if let Ok(found) = self.attempt(mem, gpa, why, commit, cache, table) {
+                return Ok(found);
+            }
+        }
+        let level = ((self.eptp >> 3) & 7) as u8 + 1;
+        if gpa >> (12 + 9 * level) != 0 {
+            return Err(Fault::EptViolation { qualification: self.qualify(why, 0), gpa });
+        }
+        self.attempt(mem, gpa, why, commit, cache, Table { level, base: self.ep4ta(), rights: Rights::ALL })
+    }
+
+    /// One walk, from the root or from a cached table.
+    fn attempt(
+        &self,
+        mem: &PhysMem,
+        gpa: u64,
+        why: Purpose,
+        commit: bool,
+        cache: &mut dyn GpaCache,
+        start: Table,
+    ) -> Result<Stage2, Fault> {
         let need = self.need(why);
         loop {
             let mut used = [(0u64, 0u64); 5];
             let mut depth = 0;
-            let mut rights = R | W | X;
-            let mut level = ((self.eptp >> 3) & 7) as u32 + 1;
-            let mut table = self.ep4ta();
+            let mut rights = bits(&start.rights);
+            let (mut table, mut level) = (start.base, u32::from(start.level));
+            let mut tables = [None; 4];
             let refused = |rights: u64| Fault::EptViolation { qualification: self.qualify(why, rights), gpa };
-            if gpa >> (12 + 9 * level) != 0 {
-                return Err(refused(0));
-            }
             let (leaf, size) = loop {
                 let at = table + ((gpa >> (12 + 9 * (level - 1))) & 511) * 8;
                 let entry = mem.read(at, 8);
@@ -81,6 +108,7 @@ impl Ept {
                     Some(size) => break (entry, size),
                     None => (table, level) = (entry & TABLE, level - 1),
                 }
+                tables[level as usize - 1] = Some(Table { level: level as u8, base: table, rights: named(rights) });
             };
             if need & !rights != 0 {
                 return Err(refused(rights));
@@ -89,14 +117,12 @@ impl Ept {
             if commit && self.ad() && !set_flags(mem, &used[..depth], write) {
                 continue;
             }
-            let rights = Rights {
-                read: rights & R != 0,
-                write: rights & W != 0,
-                exec: rights & X != 0,
-                user: true,
-                dirty: !self.ad() || leaf & D != 0 || (commit && write),
-            };
+            for table in tables.iter().flatten().filter(|_| commit) {
+                cache.put_table(gpa, *table);
+            }
+            let dirty = !self.ad() || leaf & D != 0 || (commit && write);
             let hpa = size.base(leaf & TABLE) | (gpa & (size.bytes() - 1));
+            let rights = Rights { dirty, ..named(rights) };
             return Ok(Stage2 { hpa, size, rights, memory_type: ((leaf >> 3) & 15) as u8 });
         }
     }
@@ -146,6 +172,14 @@ impl Ept {
         let memory_type = size.is_some() && matches!((entry >> 3) & 7, 2 | 3 | 7);
         unreadable || beyond || reserved || memory_type
     }
+}
+
+/// Bits 2:0 of an entry as rights, and back.
+fn named(bits: u64) -> Rights {
+    Rights { read: bits & R != 0, write: bits & W != 0, exec: bits & X != 0, ..Rights::ALL }
+}
+fn bits(rights: &Rights) -> u64 {
+    u64::from(rights.read) | u64::from(rights.write) << 1 | u64::from(rights.exec) << 2
 }
 
 fn set_flags(mem: &PhysMem, used: &[(u64, u64)], write: bool) -> bool {

@@ -1,7 +1,7 @@
 //! The walk of x86 page tables: 32-bit, PAE, 4-level and 5-level.
 
 use super::{Access, Fault, Kind, Purpose, Second, Vendor, Walker};
-use crate::model::tlb::{PageSize, Rights};
+use crate::model::tlb::{PageSize, Rights, Table};
 
 /// The paging mode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -149,6 +149,8 @@ struct Walk<'a, 'b> {
     used: [Used; 5],
     depth: usize,
     rights: Rights,
+    /// Tables below the root that the walk went through.
+    tables: [Option<Table>; 4],
 }
 
 /// Walks the first stage for `addr`. Table addresses go through the walker's second stage.
@@ -157,11 +159,33 @@ pub(crate) fn walk(cx: &Linear, walker: &mut Walker<'_>, addr: u64, access: Acce
         let rights = Rights::ALL;
         return Ok(Leaf { gpa: addr, size: PageSize::K4, rights, global: false, pat: 0 });
     }
+    if let Some(table) = walker.cache.table(addr).filter(|_| walker.inner) {
+        // A fault found from a cached table proves nothing: the tables decide.
+        if let Ok(leaf) = attempt(cx, walker, addr, access, Some(table)) {
+            return Ok(leaf);
+        }
+    }
+    attempt(cx, walker, addr, access, None)
+}
+
+/// One walk, from the root or from a cached table.
+fn attempt(
+    cx: &Linear,
+    walker: &mut Walker<'_>,
+    addr: u64,
+    access: Access,
+    start: Option<Table>,
+) -> Result<Leaf, Fault> {
     // A table that changes under the walk makes it start over; each restart means that another CPU made progress.
     loop {
         let commit = walker.commit;
-        let mut w = Walk { cx, walker, access, used: Default::default(), depth: 0, rights: Rights::ALL };
+        let rights = start.map_or(Rights::ALL, |t| t.rights);
+        let mut w = Walk { cx, walker, access, used: Default::default(), depth: 0, rights, tables: [None; 4] };
         let leaf = match cx.mode {
+            Mode::Level4 | Mode::Level5 if start.is_some() => {
+                let (base, level) = start.map_or((0, 1), |t| (t.base, u32::from(t.level)));
+                w.tree(base, level, addr)?
+            }
             Mode::Bits32 => w.bits32(addr)?,
             Mode::Pae => w.pae(addr)?,
             Mode::Level4 => w.tree(cx.cr3 & TABLE, 4, addr)?,
@@ -171,6 +195,7 @@ pub(crate) fn walk(cx: &Linear, walker: &mut Walker<'_>, addr: u64, access: Acce
             return Err(Fault::Page { code: access.code(cx) | 1 });
         }
         if !commit || w.set_flags(if cx.mode == Mode::Bits32 { 4 } else { 8 })? {
+            w.offer(addr);
             let dirty = leaf.rights.dirty || (commit && access.kind == Kind::Write);
             return Ok(Leaf { rights: Rights { dirty, ..leaf.rights }, ..leaf });
         }
@@ -252,6 +277,17 @@ impl Walk<'_, '_> {
             }
             table = entry & TABLE;
             level -= 1;
+            if let Some(slot) = self.tables.get_mut(level as usize - 1) {
+                *slot = Some(Table { level: level as u8, base: table, rights: self.rights });
+            }
+        }
+    }
+
+    /// Offers the tables of a second-stage walk to the cache.
+    fn offer(&mut self, addr: u64) {
+        let wanted = self.walker.inner && self.walker.commit && matches!(self.cx.mode, Mode::Level4 | Mode::Level5);
+        for table in self.tables.iter().flatten().filter(|_| wanted) {
+            self.walker.cache.put_table(addr, *table);
         }
     }
 

@@ -13,7 +13,7 @@ mod ept;
 mod linear;
 
 use super::mem::PhysMem;
-use super::tlb::{Entry, PageSize, Rights};
+use super::tlb::{Entry, PageSize, Rights, Table};
 
 pub use ept::Ept;
 pub(crate) use linear::pdpte_reserved;
@@ -178,6 +178,12 @@ pub(crate) trait GpaCache {
     fn get(&mut self, gpa: u64, why: Purpose) -> Option<Stage2>;
     /// Offers what a walk found for `gpa`.
     fn put(&mut self, gpa: u64, found: &Stage2);
+    /// A cached second-stage table on the way to `gpa`.
+    fn table(&mut self, _gpa: u64) -> Option<Table> {
+        None
+    }
+    /// Offers a table that a second-stage walk went through.
+    fn put_table(&mut self, _gpa: u64, _table: Table) {}
 }
 
 /// No cache: every walk reads the tables.
@@ -196,6 +202,8 @@ pub(crate) struct Walker<'a> {
     pub second: &'a Second,
     pub cache: &'a mut dyn GpaCache,
     pub commit: bool,
+    /// This is a second-stage walk: it may start at a cached table.
+    pub inner: bool,
 }
 
 impl Walker<'_> {
@@ -208,8 +216,8 @@ impl Walker<'_> {
             return Ok(found);
         }
         let found = match self.second {
-            Second::Npt(npt) => nested(npt, self.mem, gpa, why, self.commit)?,
-            Second::Ept(ept) => ept.resolve(self.mem, gpa, why, self.commit)?,
+            Second::Npt(npt) => nested(npt, self.mem, gpa, why, self.commit, self.cache)?,
+            Second::Ept(ept) => ept.resolve(self.mem, gpa, why, self.commit, self.cache)?,
             Second::Off => unreachable!("handled above"),
         };
         self.cache.put(gpa, &found);
@@ -223,7 +231,14 @@ const NPF_FINAL: u64 = 1 << 32;
 const NPF_TABLE: u64 = 1 << 33;
 
 /// A nested walk: a user access in the host's paging mode; what touches the guest's tables is a data write.
-fn nested(npt: &Npt, mem: &PhysMem, gpa: u64, why: Purpose, commit: bool) -> Result<Stage2, Fault> {
+fn nested(
+    npt: &Npt,
+    mem: &PhysMem,
+    gpa: u64,
+    why: Purpose,
+    commit: bool,
+    cache: &mut dyn GpaCache,
+) -> Result<Stage2, Fault> {
     let (kind, place) = match why {
         Purpose::Final { kind, .. } => (kind, NPF_FINAL),
         Purpose::TableRead { .. } | Purpose::TableUpdate => (Kind::Write, NPF_TABLE),
@@ -234,7 +249,7 @@ fn nested(npt: &Npt, mem: &PhysMem, gpa: u64, why: Purpose, commit: bool) -> Res
         // Beyond what the host's paging mode can translate: not present.
         return Err(fault(access.code(npt)));
     }
-    let mut walker = Walker { mem, second: &Second::Off, cache: &mut Uncached, commit };
+    let mut walker = Walker { mem, second: &Second::Off, cache, commit, inner: true };
     match linear::walk(npt, &mut walker, gpa, access) {
         Ok(leaf) => Ok(Stage2 { hpa: leaf.gpa, size: leaf.size, rights: leaf.rights, memory_type: leaf.pat }),
         Err(Fault::Page { code }) => Err(fault(code)),
@@ -256,7 +271,7 @@ pub(crate) fn translate_cached(
     commit: bool,
     cache: &mut dyn GpaCache,
 ) -> Result<Hit, Fault> {
-    let mut walker = Walker { mem, second: &cx.second, cache, commit };
+    let mut walker = Walker { mem, second: &cx.second, cache, commit, inner: false };
     let leaf = linear::walk(&cx.linear, &mut walker, addr, access)?;
     let stage2 = walker.resolve(leaf.gpa, Purpose::Final { kind: access.kind, linear: true })?;
     Ok(Hit {
@@ -274,7 +289,7 @@ pub(crate) fn translate_cached(
 
 /// Translates a guest-physical address alone, as the CPU does for addresses that no linear address led to.
 pub fn translate_gpa(second: &Second, mem: &PhysMem, gpa: u64, kind: Kind, commit: bool) -> Result<u64, Fault> {
-    let mut walker = Walker { mem, second, cache: &mut Uncached, commit };
+    let mut walker = Walker { mem, second, cache: &mut Uncached, commit, inner: false };
     walker.resolve(gpa, Purpose::Final { kind, linear: false }).map(|s| s.hpa)
 }
 
