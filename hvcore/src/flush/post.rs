@@ -250,6 +250,8 @@ where
 {
     let order = if mutant::active(Mutant::RelaxedMark) { Ordering::Relaxed } else { Ordering::AcqRel };
     let old = vp.word.fetch_or(marks, order);
+    // A wider gap, so that a test on threads has a chance to hit it.
+    (0..300).for_each(|_| core::hint::spin_loop());
     if !fill.fill(K::queue(vp)) && !fill.fill_behind(K::queue(vp)) {
         vp.word.fetch_or(K::MARKS.everything, order);
     }
