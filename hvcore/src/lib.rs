@@ -14,6 +14,7 @@ pub mod flush;
 pub mod hypercall;
 pub mod memory;
 pub mod partition;
+pub mod pv;
 pub mod shadow;
 pub mod vp_index;
 
