@@ -40,6 +40,9 @@ const LIMITS: &[(&str, u64)] = &[
     ("nested.svm.l1_cpuid", 400),
     ("nested.svm.l2_cpuid_roundtrip", 2000),
     ("nested.svm.l1_vmload", 300),
+    ("flush.svm.direct.running.0.instructions", 600),
+    ("flush.svm.synthetic.0.instructions", 2500),
+    ("flush.svm.l1.0.instructions", 500),
 ];
 
 /// Measures, prints, writes.

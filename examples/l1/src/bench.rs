@@ -3,9 +3,11 @@
 
 use crate::guest::Guest;
 use crate::vmcb::{exit, misc1};
-use crate::{Failure, check, cpu_guest, frames};
+use crate::{Failure, check, cpu_guest, frames, hyperv};
 use core::arch::{asm, naked_asm};
 use hw::cpu::rdtsc;
+use tlfs_abi::flush::FlushFlags;
+use tlfs_abi::hypercall::{CallCode, HypercallInput};
 
 /// Samples of each measurement.
 const SAMPLES: usize = 1000;
@@ -29,7 +31,137 @@ pub fn run() -> Result<(), Failure> {
     report("nested.svm.l2_cpuid_roundtrip", samples);
     round_trips(samples, serve_with_gif)?;
     report("nested.svm.l2_cpuid_roundtrip_gif", samples);
+    match hyperv::needs_direct_flush() {
+        Ok(()) => flushes(samples),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Flushes of the whole space on all processors, of which there is one: by L2 directly, by L2 through this hypervisor,
+/// by L2 with the synthetic exit, by this hypervisor itself.
+fn flushes(samples: &mut Samples) -> Result<(), Failure> {
+    let assist = hyperv::partition_assist();
+    let lock = |count: u32| {
+        // SAFETY: the page is this measurement's.
+        unsafe { (assist as *mut u32).write_volatile(count) };
+    };
+    flush_samples(samples, assist, true, exit::HLT)?;
+    report("flush.svm.direct.running.0.instructions", samples);
+    lock(1);
+    flush_samples(samples, assist, true, exit::HV_ENLIGHTENED)?;
+    report("flush.svm.synthetic.0.instructions", samples);
+    lock(0);
+    flush_samples(samples, assist, false, exit::VMMCALL)?;
+    report("flush.svm.reflected.running.0.instructions", samples);
+    l1_instruction(samples, || {
+        // SAFETY: a hypercall changes RAX and RCX.
+        unsafe { asm!("vmmcall", inout("rcx") FLUSH => _, in("rdx") 0, in("r8") FLAGS, out("rax") _) };
+    });
+    report("flush.svm.l1.0.instructions", samples);
     Ok(())
+}
+
+/// HvCallFlushVirtualAddressSpace, fast.
+const FLUSH: u64 = HypercallInput::new(CallCode::FLUSH_VIRTUAL_ADDRESS_SPACE).with_fast().raw();
+const FLAGS: u64 = FlushFlags::ALL_PROCESSORS | FlushFlags::ALL_VIRTUAL_ADDRESS_SPACES;
+
+/// Stores the ticks of `SAMPLES` flush calls at RDI.
+#[unsafe(naked)]
+unsafe extern "C" fn program_flushes() {
+    naked_asm!(
+        "mov r9, {samples}",
+        "mov r8, {flags}",
+        "2:",
+        "mov rcx, {flush}",
+        "rdtsc",
+        "mov esi, eax",
+        "xor edx, edx",
+        "vmmcall",
+        "rdtsc",
+        "sub eax, esi",
+        "mov [rdi], rax",
+        "add rdi, 8",
+        "dec r9",
+        "jnz 2b",
+        "hlt",
+        samples = const SAMPLES,
+        flags = const FLAGS,
+        flush = const FLUSH,
+    )
+}
+
+/// Runs the flushing guest; this hypervisor does the least at each exit `served`, and no other may come.
+fn flush_samples(samples: &mut Samples, assist: u64, direct: bool, served: u64) -> Result<(), Failure> {
+    let guest = cpu_guest();
+    guest.long_mode(program_flushes, samples.as_mut_ptr() as u64);
+    let map = crate::npt::Table::identity(4);
+    guest.vmcb.set_np_enable(1);
+    guest.vmcb.set_n_cr3(map.root());
+    guest.vmcb.set_tlb_control(1);
+    hyperv::enable();
+    hyperv::describe(&mut guest.vmcb, 0x33, 0, assist);
+    if !direct {
+        guest.vmcb.set_hv_control(0);
+    }
+    // SAFETY: EFER.SVME is set; the guest is this processor's and runs this image's code.
+    unsafe {
+        hw::svm::clgi();
+        match served {
+            exit::VMMCALL => serve_calls(guest),
+            _ => serve_synthetic(guest),
+        }
+        hw::svm::stgi();
+    }
+    check("the exit that ended the loop", guest.vmcb.exit_code(), exit::HLT)
+}
+
+/// The least that a hypervisor does about a flush call of the only processor: success, and on.
+///
+/// # Safety
+/// As [`serve`].
+unsafe fn serve_calls(guest: &mut Guest) {
+    // SAFETY: as `serve`.
+    unsafe {
+        asm!(
+            "push rbx",
+            "2:",
+            "vmrun rax",
+            "mov byte ptr [rax + 0x5c], 0",
+            "add qword ptr [rax + 0x578], 3",
+            "mov qword ptr [rax + 0x5f8], 0",
+            "cmp qword ptr [rax + 0x70], {call}",
+            "je 2b",
+            "pop rbx",
+            call = const exit::VMMCALL,
+            inout("rax") (&raw mut guest.vmcb) as u64 => _,
+            inout("rdi") guest.gprs.rdi => _,
+            out("rcx") _, out("rdx") _, out("rsi") _, out("r8") _, out("r9") _,
+        );
+    }
+}
+
+/// Resumes after each synthetic exit.
+///
+/// # Safety
+/// As [`serve`].
+unsafe fn serve_synthetic(guest: &mut Guest) {
+    // SAFETY: as `serve`.
+    unsafe {
+        asm!(
+            "push rbx",
+            "mov ebx, {code}",
+            "2:",
+            "vmrun rax",
+            "mov byte ptr [rax + 0x5c], 0",
+            "cmp qword ptr [rax + 0x70], rbx",
+            "je 2b",
+            "pop rbx",
+            code = const exit::HV_ENLIGHTENED,
+            inout("rax") (&raw mut guest.vmcb) as u64 => _,
+            inout("rdi") guest.gprs.rdi => _,
+            out("rcx") _, out("rdx") _, out("rsi") _, out("r8") _, out("r9") _,
+        );
+    }
 }
 
 fn buffer() -> &'static mut Samples {
