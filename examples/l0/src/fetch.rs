@@ -130,6 +130,8 @@ struct Walk<const N: usize> {
     paging: Cell<Paging>,
     nested: Cell<Option<Nested>>,
     steps: Cell<usize>,
+    /// Where overlays were when it was walked: their count of moves.
+    overlays: Cell<u64>,
     path: [Cell<Step>; N],
     /// The instruction; all of [`MAX_LENGTH`] bytes are in its page. Null: nothing is remembered.
     code: Cell<*const u8>,
@@ -142,15 +144,19 @@ impl<const N: usize> Walk<N> {
             paging: Cell::new(Paging { cr0: 0, cr3: 0, cr4: 0, efer: 0 }),
             nested: Cell::new(None),
             steps: Cell::new(0),
+            overlays: Cell::new(0),
             path: [const { Cell::new((&NO_STEP, 0)) }; N],
             code: Cell::new(core::ptr::null()),
         }
     }
 
-    /// True when this walk is of `la` under `paging`.
+    /// True when this walk is of `la` under `paging`, with overlays where they are after so many moves.
     #[inline(always)]
-    fn is_of(&self, la: u64, paging: &Paging) -> bool {
-        !self.code.get().is_null() && self.la.get() == la && self.paging.get() == *paging
+    fn is_of(&self, la: u64, paging: &Paging, overlays: u64) -> bool {
+        !self.code.get().is_null()
+            && self.la.get() == la
+            && self.overlays.get() == overlays
+            && self.paging.get() == *paging
     }
 
     /// True when the first `steps` entries still have the values that the walk read.
@@ -160,7 +166,15 @@ impl<const N: usize> Walk<N> {
         self.path.iter().take(steps).all(|step| step.get().0.load(Ordering::Acquire) == step.get().1)
     }
 
-    fn remember(&self, la: u64, paging: &Paging, nested: Option<Nested>, path: &[Step], code: *const u8) {
+    fn remember(
+        &self,
+        la: u64,
+        paging: &Paging,
+        nested: Option<Nested>,
+        overlays: u64,
+        path: &[Step],
+        code: *const u8,
+    ) {
         if path.len() > N {
             return;
         }
@@ -168,6 +182,7 @@ impl<const N: usize> Walk<N> {
         self.paging.set(*paging);
         self.nested.set(nested);
         self.steps.set(path.len());
+        self.overlays.set(overlays);
         let rest = core::iter::repeat((&NO_STEP, 0));
         for (to, from) in self.path.iter().zip(path.iter().copied().chain(rest)) {
             to.set(from);
@@ -206,12 +221,6 @@ impl Fetch {
         self.nested.get().map(|n| NptWalk { memory: self.memory, format: n.format, ncr3: n.ncr3 })
     }
 
-    /// What L1's memory shows at some address changed.
-    pub fn forget(&self) {
-        self.l1.iter().for_each(|walk| walk.code.set(core::ptr::null()));
-        self.l2.iter().for_each(|walk| walk.code.set(core::ptr::null()));
-    }
-
     /// Up to 15 instruction bytes of the guest of `level` in `vmcb`; how many were got.
     #[inline]
     pub fn bytes(&self, level: Level, vmcb: &Vmcb, bytes: &mut [u8; MAX_LENGTH]) -> usize {
@@ -225,7 +234,7 @@ impl Fetch {
     fn l1_bytes(&self, vmcb: &Vmcb, bytes: &mut [u8; MAX_LENGTH]) -> usize {
         let la = linear_rip(vmcb);
         let walk = &self.l1[((la >> 1 ^ la >> 4) & 7) as usize];
-        if walk.is_of(la, &Paging::of(vmcb)) && walk.holds(L1_STEPS) {
+        if walk.is_of(la, &Paging::of(vmcb), self.memory.overlay_moves()) && walk.holds(L1_STEPS) {
             copy_code(walk.code.get(), bytes);
             return MAX_LENGTH;
         }
@@ -236,7 +245,10 @@ impl Fetch {
         let la = linear_rip(vmcb);
         let nested = self.nested.get();
         let walk = &self.l2[(la >> 1 & 1) as usize];
-        if walk.is_of(la, &Paging::of(vmcb)) && walk.nested.get() == nested && walk.holds(walk.steps.get()) {
+        if walk.is_of(la, &Paging::of(vmcb), self.memory.overlay_moves())
+            && walk.nested.get() == nested
+            && walk.holds(walk.steps.get())
+        {
             copy_code(walk.code.get(), bytes);
             return MAX_LENGTH;
         }
@@ -255,6 +267,7 @@ impl Fetch {
     ) -> usize {
         let (la, paging) = (linear_rip(vmcb), Paging::of(vmcb));
         walk.code.set(core::ptr::null());
+        let overlays = self.memory.overlay_moves();
         let recorder = Recorder { memory: self.memory, path: RefCell::new(ArrayVec::new()), whole: Cell::new(true) };
         let second = |gpa: u64, access| match nested {
             None => Ok(L1Gpa::new(gpa)),
@@ -282,7 +295,7 @@ impl Fetch {
             return 0;
         }
         if let (true, Some(code)) = (recorder.whole.get(), self.memory.pointer(at, MAX_LENGTH)) {
-            walk.remember(la, &paging, nested, &recorder.path.borrow(), code);
+            walk.remember(la, &paging, nested, overlays, &recorder.path.borrow(), code);
         }
         MAX_LENGTH
     }

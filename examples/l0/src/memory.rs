@@ -4,7 +4,7 @@
 //! [`GuestMemory`] on it: RAM that is L1's, without the hole where L0 lives. Everything that L0 does to L1's memory
 //! goes through here.
 
-use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use hvcore::addr::L1Gpa;
 use hvcore::memory::{GuestMemory, MemoryError};
@@ -50,8 +50,8 @@ pub struct Overlays {
     pages: [AtomicU64; OVERLAYS],
     /// Physical address of the page that is seen there.
     behind: [AtomicU64; OVERLAYS],
-    /// There has been an overlay.
-    used: AtomicBool,
+    /// How often an overlay has been placed or moved.
+    moves: AtomicU64,
 }
 
 const OVERLAYS: usize = Overlay::ALL.len();
@@ -64,7 +64,7 @@ impl Overlays {
         Self {
             pages: [const { AtomicU64::new(NOWHERE) }; OVERLAYS],
             behind: [const { AtomicU64::new(0) }; OVERLAYS],
-            used: AtomicBool::new(false),
+            moves: AtomicU64::new(0),
         }
     }
 
@@ -72,9 +72,11 @@ impl Overlays {
     pub fn place(&self, which: Overlay, gpa: Option<u64>, behind: u64) -> Option<u64> {
         let at = Overlay::ALL.iter().position(|w| *w == which).unwrap_or(0);
         self.behind[at].store(behind, Ordering::Relaxed);
-        self.used.store(true, Ordering::Release);
-        // Release: who finds the overlay finds the page behind it.
+        // Twice, so that who counts before the move and who counts during it both count anew after it. Release: who
+        // finds the new count, or the overlay, finds the page behind it.
+        self.moves.fetch_add(1, Ordering::Release);
         let old = self.pages[at].swap(gpa.map_or(NOWHERE, |gpa| gpa >> 12), Ordering::AcqRel);
+        self.moves.fetch_add(1, Ordering::Release);
         (old != NOWHERE).then_some(old << 12)
     }
 
@@ -83,6 +85,12 @@ impl Overlays {
     pub fn at(&self, gpa: u64) -> Option<u64> {
         let found = self.pages.iter().position(|p| p.load(Ordering::Acquire) == gpa >> 12)?;
         Some(self.behind[found].load(Ordering::Relaxed))
+    }
+
+    /// How often an overlay has been placed or moved: what was found before the last time may be found no more.
+    #[inline]
+    pub fn moves(&self) -> u64 {
+        self.moves.load(Ordering::Acquire)
     }
 
     /// True when an overlay lies in the same 2 MiB as `gpa`.
@@ -94,7 +102,7 @@ impl Overlays {
     /// True when an overlay lies in the bytes from `start` to `end`, which is not below it.
     #[inline]
     fn touch(&self, start: u64, end: u64) -> bool {
-        if !self.used.load(Ordering::Acquire) {
+        if self.moves.load(Ordering::Acquire) == 0 {
             return false;
         }
         let (first, last) = (start >> 12, end.wrapping_sub(1) >> 12);
@@ -175,6 +183,12 @@ impl L1Memory {
     /// Where `len` bytes at `gpa` are, if they are L1's RAM and under no overlay. Overlays may come later.
     pub fn pointer(&self, gpa: L1Gpa, len: usize) -> Option<*const u8> {
         self.at(gpa, len).ok().map(|p| p.cast_const())
+    }
+
+    /// See [`Overlays::moves`].
+    #[inline]
+    pub fn overlay_moves(&self) -> u64 {
+        self.overlays.moves()
     }
 
     /// True when the 4 KiB page of `gpa` is RAM that L1 may have.

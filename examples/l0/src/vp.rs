@@ -286,8 +286,6 @@ impl Vp {
             && self.shared.mutant != Some(Mutant::DrainSkipped)
         {
             hyperv::apply(&mut self.nested, &mut self.shadow, level, &due, self.counters);
-            // An overlay page that moved looks like this, too.
-            self.m.code.forget();
         }
         if self.shadow.tag_stale() {
             self.nested.retire_tag(Level::L2);
