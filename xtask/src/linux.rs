@@ -9,10 +9,16 @@ use crate::setup;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use xshell::cmd;
 
 const PACKAGES: &str = "examples/linux/packages.txt";
 /// Modules of KVM, in the order in which they are loaded.
 const MODULES: &[&str] = &["irqbypass", "kvm", "kvm-amd"];
+
+/// Scripts of `examples/linux`.
+const SCRIPTS: &[&str] = &["init", "kvm.sh"];
+/// Programs of `examples/linux`.
+const PROGRAMS: &[&str] = &["launcher"];
 
 /// What a Linux L1 boots.
 pub struct Linux {
@@ -56,7 +62,13 @@ pub fn prepare(ctx: &Ctx, log: &mut Log) -> Result<Prepared> {
     let kernel = root("linux-image-")?;
     let release = kernel.package.trim_start_matches("linux-image-");
     let mut archive = Archive::default();
-    archive.copy("init", &ctx.root.join("examples/linux/init"))?;
+    for script in SCRIPTS {
+        archive.copy(script, &ctx.root.join("examples/linux").join(script))?;
+    }
+    let programs = build_programs(ctx, log)?;
+    for program in PROGRAMS {
+        archive.copy(&format!("bin/{program}"), &programs.join(program))?;
+    }
     archive.copy("bin/busybox", &root("busybox-static")?.root.join("bin/busybox"))?;
     for module in MODULES {
         let path = find(&kernel.root.join("lib/modules").join(release), &format!("{module}.ko"))?;
@@ -65,6 +77,16 @@ pub fn prepare(ctx: &Ctx, log: &mut Log) -> Result<Prepared> {
     let initrd = directory(ctx)?.join("initrd.cpio");
     fs::write(&initrd, archive.finish())?;
     Ok(Ok(Linux { kernel: kernel.root.join(format!("boot/vmlinuz-{release}")), initrd }))
+}
+
+/// Builds the programs, statically linked, and says where they are.
+fn build_programs(ctx: &Ctx, log: &mut Log) -> Result<PathBuf> {
+    let musl = "x86_64-unknown-linux-musl";
+    let target = if setup::rust_target(ctx, musl)? { musl } else { "x86_64-unknown-linux-gnu" };
+    let (sh, directory) = (&ctx.sh, directory(ctx)?.join("programs"));
+    let build = cmd!(sh, "cargo build --release -p linux-guest --target {target} --target-dir {directory}");
+    log.run(build.env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static"))?;
+    Ok(directory.join(target).join("release"))
 }
 
 /// `target/linux`, created.

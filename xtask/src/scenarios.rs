@@ -121,11 +121,36 @@ const FLUSH: &[Module] = &[Module { content: Content::Image("l1"), args: "scenar
 const RUNTIME_AS_L1: &[Module] = &[Module { content: Content::Image("selftest"), args: "test=boot" }];
 
 /// Debian's Linux as L1, up to a shell at the serial port, where somebody types how to end it.
-const LINUX: Scenario = Scenario { image: "l0", memory: 512, timeout: 120, ..BASE };
+const LINUX: Scenario = Scenario { image: "l0", memory: 512, timeout: 240, ..BASE };
 
 const LINUX_SHELL: &[Module] = &[
     Module { content: Content::LinuxKernel, args: "console=ttyS0 panic=-1 l1=shell" },
     Module { content: Content::LinuxInitrd, args: "" },
+];
+
+/// The same, running guests on its KVM.
+const LINUX_KVM: &[Module] = &[
+    Module { content: Content::LinuxKernel, args: "console=ttyS0 panic=-1 l1=kvm" },
+    Module { content: Content::LinuxInitrd, args: "" },
+];
+
+const KVM_CONTENT: &[&str] = &[
+    "init: Linux 6.",
+    " on {cpus} processors: kvm",
+    "Hypervisor detected: Microsoft Hyper-V",
+    "SVM: kvm: Nested Paging enabled",
+    "SVM: kvm: Hyper-V enlightened NPT TLB flush enabled",
+    "SVM: kvm: Hyper-V Direct TLB Flush enabled",
+    "launcher: KVM offers direct flush: yes",
+    "init: L1 is content",
+];
+
+const KVM_PLAIN: &[&str] = &[
+    "init: Linux 6.",
+    " on {cpus} processors: kvm",
+    "SVM: kvm: Nested Paging enabled",
+    "launcher: KVM offers direct flush: no",
+    "init: L1 is content",
 ];
 
 const POWER_OFF: Typed = Typed { prompt: "\nl1# ", line: "poweroff -f" };
@@ -155,6 +180,9 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "svm-nested", image: "l0", args: "audit", modules: SMALL_L1, machine: Machine::Qemu("EPYC-Rome,+svm"), ..BASE },
     // A kernel that nobody here wrote.
     Scenario { name: "linux-shell", modules: LINUX_SHELL, cpus: 2, typed: Some(POWER_OFF), expect: Expect::PowerOff(&["init: Linux 6.", " on {cpus} processors: shell", "l1# "]), ..LINUX },
+    Scenario { name: "linux-kvm", modules: LINUX_KVM, cpus: 2, expect: Expect::PowerOff(KVM_CONTENT), ..LINUX },
+    Scenario { name: "linux-kvm-4-processors", modules: LINUX_KVM, cpus: 4, expect: Expect::PowerOff(KVM_CONTENT), ..LINUX },
+    Scenario { name: "linux-kvm-plain", args: "enlighten=off", modules: LINUX_KVM, cpus: 2, expect: Expect::PowerOff(KVM_PLAIN), ..LINUX },
     // Faults that L0 commits on purpose: the controls of the TLB auditor.
     Scenario { name: "audit-no-tlb-control", image: "l0", args: "audit mutant=no-tlb-control", modules: ASID_REUSE, expect: Expect::GaveUp("audit:"), ..BASE },
     Scenario { name: "audit-one-asid", image: "l0", args: "audit mutant=one-asid", modules: ASID_REUSE, expect: Expect::GaveUp("without a flush"), ..BASE },
