@@ -433,3 +433,24 @@ fn msr_areas() {
     assert_eq!(b.run(Op::Cpuid(0, 0)), Step::Shutdown, "VMX abort");
     assert_eq!(b.step(Op::Nop), Step::Shutdown);
 }
+
+#[test]
+fn real_mode_exceptions_have_no_error_code() {
+    for (cr0, info, want) in [
+        (0x30, 0x8000_0B0D, Outcome::Fails(7)),
+        (0x30, 0x8000_030D, Outcome::Enters),
+        (0x8001_0031, 0x8000_0B0D, Outcome::Enters),
+        (0x8001_0031, 0x8000_030D, Outcome::Fails(7)),
+    ] {
+        let mut b = Bench::nested();
+        b.or(PROC2, 1 << 7);
+        b.set(GUEST_CR0, cr0);
+        if cr0 == 0x30 {
+            b.set(ENTRY, 0x11FB);
+            b.set(GUEST_CS_AR, 0xC09B);
+            b.set(GUEST_IDTR_BASE, 0);
+        }
+        b.set(ENTRY_INFO, info);
+        assert_eq!(outcome(&mut b), want, "{cr0:#x} {info:#x} {}", b.cpu.why);
+    }
+}
