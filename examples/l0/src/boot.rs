@@ -23,6 +23,7 @@ use crate::memory::{FOUR_GIB, L1Memory, Range};
 use crate::mutant::Mutant;
 use crate::npt01::{self, Npt01, TablePage};
 use crate::permissions::{IOPM01, MSRPM01};
+use crate::relocate::{self, phys_of};
 use crate::say;
 use crate::shared::Shared;
 use crate::vp::{Pages, PagesPa, Vp};
@@ -35,7 +36,10 @@ struct Reserve<T>(UnsafeCell<T>);
 unsafe impl<T> Sync for Reserve<T> {}
 
 static NPT_PAGES: [TablePage; npt01::POOL_PAGES] = [const { TablePage::new() }; npt01::POOL_PAGES];
-static HOST_TABLES: [TablePage; 2 + 64] = [const { TablePage::new() }; 2 + 64];
+/// Physical memory that L0 maps at most.
+const MEMORY_MAX: u64 = 64 << 30;
+const HOST_TABLE_PAGES: usize = relocate::table_pages(MEMORY_MAX);
+static HOST_TABLES: [TablePage; HOST_TABLE_PAGES] = [const { TablePage::new() }; HOST_TABLE_PAGES];
 // Zero is a valid `Pages`: VMCBs are plain memory.
 static VPS: Reserve<[[u8; size_of::<Pages>()]; MAX_CPUS]> =
     Reserve(UnsafeCell::new([[0; size_of::<Pages>()]; MAX_CPUS]));
@@ -71,6 +75,12 @@ fn image() -> Range {
 
 /// The image's main function.
 pub fn main(boot: &'static BootInfo) -> ExitCode {
+    let mut modules = ArrayVec::<Module<'static>, { rt::multiboot::MAX_MODULES }>::new();
+    for m in &boot.modules {
+        let range = Range { start: m.start, end: m.end };
+        let _ = modules.try_push(Module { range, string: m.command_line.as_bytes() });
+    }
+    let hole = settle_down(boot, &mut modules);
     let heap = HEAP.0.get() as u64;
     // SAFETY: `HEAP` is used for nothing else, and nothing has been allocated yet.
     unsafe { rt::frames::use_region(rt::multiboot::Region { start: heap, end: heap + HEAP_BYTES as u64 }) };
@@ -79,14 +89,13 @@ pub fn main(boot: &'static BootInfo) -> ExitCode {
     if svm.edx & 1 == 0 {
         give_up(format_args!("this processor has no nested paging"));
     }
-    let hole = image();
     let map = map_for_l1(boot, hole);
     let shared = SHARED.call_once(|| shared(boot, hole, svm));
     if shared.audit {
         let cpus = boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1);
         audit::start(cpus, crate::vp::SHADOW_PAGES);
     }
-    load_l1(boot, shared, &map);
+    load_l1(&modules, shared, &map);
     let cpus = boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1);
     say!("l0: cpus {cpus} hole {:#x}..{:#x} asids {} svm features {:#x}", hole.start, hole.end, svm.ebx, svm.edx);
     if let Err(missing) = rt::smp::start(cpus, other) {
@@ -108,17 +117,10 @@ fn map_for_l1(boot: &BootInfo, hole: Range) -> ArrayVec<Region, 64> {
 }
 
 fn shared(boot: &BootInfo, hole: Range, svm: cpu::CpuidResult) -> Shared {
-    let low_end = boot.regions.iter().map(|r| r.end).filter(|&e| e <= FOUR_GIB).max().unwrap_or(0);
-    let high_end = boot.regions.iter().map(|r| r.end).max().unwrap_or(0).max(FOUR_GIB);
-    let base = HOST_TABLES.as_ptr() as u64;
-    let Ok(cr3) = npt01::direct_map(&HOST_TABLES, base, high_end) else {
-        give_up(format_args!("more memory than L0 maps: {high_end:#x}"));
-    };
-    // SAFETY: the new tables map everything that the runtime's do at the same addresses, and more.
-    unsafe { cpu::write_cr3(cr3) };
+    let (low_end, high_end) = ends(boot);
     let enlighten = boot.argument("enlighten") != Some("off");
     let address_bits = cpu::cpuid(0x8000_0008, 0).eax & 0xff;
-    let Ok(npt) = Npt01::new(&NPT_PAGES, NPT_PAGES.as_ptr() as u64, hole, address_bits) else {
+    let Ok(npt) = Npt01::new(&NPT_PAGES, phys_of(NPT_PAGES.as_ptr()), hole, address_bits) else {
         give_up(format_args!("no pages for the nested tables"));
     };
     Shared {
@@ -130,8 +132,8 @@ fn shared(boot: &BootInfo, hole: Range, svm: cpu::CpuidResult) -> Shared {
         config: config(svm, address_bits, enlighten),
         ncr3: npt.root(),
         npt01: Mutex::new(npt),
-        msrpm01: (&raw const MSRPM01) as u64,
-        iopm01: (&raw const IOPM01) as u64,
+        msrpm01: phys_of(&raw const MSRPM01),
+        iopm01: phys_of(&raw const IOPM01),
         ipis: Ipis::new(),
         // SAFETY: L0's tables map the page uncached.
         apic: unsafe { LocalApic::new(memory::phys_to_virt(hw::apic::DEFAULT_BASE)) },
@@ -193,37 +195,64 @@ fn config(svm: cpu::CpuidResult, address_bits: u32, enlighten: bool) -> Config {
     }
 }
 
+/// Moves the image and the modules to the top of memory, where that is possible; where the image is then.
+fn settle_down(boot: &BootInfo, modules: &mut ArrayVec<Module<'_>, { rt::multiboot::MAX_MODULES }>) -> Range {
+    let image = image();
+    let (low_end, high_end) = ends(boot);
+    let target = relocate::destination(image, low_end, modules.iter());
+    let place = target.unwrap_or(image);
+    let Ok(cr3) = relocate::tables(&HOST_TABLES, image, place, high_end) else {
+        give_up(format_args!("more memory than L0 maps: {high_end:#x}"));
+    };
+    match target {
+        // SAFETY: the tables are for this move; the target is RAM, clear of everything; this is the only processor,
+        // its interrupts are off.
+        Some(target) => unsafe {
+            relocate::go(image, target, cr3);
+            relocate::move_modules(modules, target.start);
+        },
+        None => {
+            // SAFETY: the tables map all that the runtime's do at the same addresses, and more.
+            unsafe { cpu::write_cr3(cr3) };
+            say!("l0: no room to move to: L0 stays at {:#x}", image.start);
+        }
+    }
+    place
+}
+
+/// End of RAM below 4 GiB, and of all RAM.
+fn ends(boot: &BootInfo) -> (u64, u64) {
+    let low_end = boot.regions.iter().map(|r| r.end).filter(|&e| e <= FOUR_GIB).max().unwrap_or(0);
+    (low_end, boot.regions.iter().map(|r| r.end).max().unwrap_or(0).max(FOUR_GIB))
+}
+
 /// Module 0 is L1, its command line that of L1; the modules behind it are L1's.
-fn load_l1(boot: &'static BootInfo, shared: &Shared, map: &[Region]) {
-    let Some((l1, rest)) = boot.modules.split_first() else {
+fn load_l1(modules: &[Module<'_>], shared: &Shared, map: &[Region]) {
+    let Some((l1, modules)) = modules.split_first() else {
         give_up(format_args!("no module: give L1's kernel as the first"));
     };
-    let mut modules = ArrayVec::<Module<'_>, { rt::multiboot::MAX_MODULES }>::new();
-    for m in rest {
-        let range = Range { start: m.start, end: m.end };
-        let _ = modules.try_push(Module { range, string: m.command_line.as_bytes() });
-    }
     // SAFETY: the boot loader put the file there; nothing writes it before it has been copied.
     let image = unsafe {
-        core::slice::from_raw_parts(memory::phys_to_virt::<u8>(l1.start).cast_const(), (l1.end - l1.start) as usize)
+        core::slice::from_raw_parts(
+            memory::phys_to_virt::<u8>(l1.range.start).cast_const(),
+            (l1.range.end - l1.range.start) as usize,
+        )
     };
-    let line = l1.command_line.as_bytes();
+    let line = l1.string;
     let loaded = if linux::is_bzimage(image) {
         // The first word is the file's name, which is not Linux's.
         let line = line.iter().position(|&b| b == b' ').and_then(|at| line.get(at + 1..)).unwrap_or(b"");
-        linux::load(&shared.memory, image, line, modules.first(), &modules, map).map(Start::Linux)
+        linux::load(&shared.memory, image, line, modules.first(), modules, map).map(Start::Linux)
     } else {
-        loader::multiboot(&shared.memory, image, line, &modules, map).map(Start::Multiboot)
+        loader::multiboot(&shared.memory, image, line, modules, map).map(Start::Multiboot)
     };
     match loaded {
         Ok(start) => *ENTRY.lock() = Some(start),
-        Err(error) => give_up(format_args!("cannot load {}: {error:?}", l1.command_line)),
+        Err(error) => give_up(format_args!("cannot load L1: {error:?}")),
     }
 }
 
 fn other(this: &'static rt::cpu::Cpu) {
-    // SAFETY: the same tables that the boot processor runs on.
-    unsafe { cpu::write_cr3(HOST_TABLES.as_ptr() as u64) };
     run(this.index as usize);
 }
 
@@ -232,7 +261,7 @@ fn run(id: usize) -> ! {
     let (Some(shared), Some(pages)) = (SHARED.get(), vp_pages(id)) else {
         give_up(format_args!("processor {id} started too early, or is one too many"));
     };
-    let pa = PagesPa::at(&raw const *pages as u64);
+    let pa = PagesPa::at(phys_of(&raw const *pages));
     // SAFETY: long mode processors have NX; the nested tables use it, and the host's EFER decides whether they may.
     unsafe { msr::wrmsr(msr::EFER, msr::rdmsr(msr::EFER) | msr::EFER_NXE) };
     // SAFETY: the runtime has loaded this processor's tables and TSS; `main` set the NMI handler.

@@ -42,6 +42,7 @@ use crate::memory::Overlays;
 use crate::mmio;
 use crate::mutant::Mutant;
 use crate::registers::Gprs;
+use crate::relocate::phys_of;
 use crate::shared::Shared;
 use crate::vp::Vp;
 
@@ -121,7 +122,7 @@ impl HyperV {
     /// Physical address of the page behind an overlay.
     pub fn overlay_page(which: Overlay) -> u64 {
         let at = Overlay::ALL.iter().position(|w| *w == which).unwrap_or(0);
-        (&raw const OVERLAY_PAGES[at]) as u64
+        phys_of(&raw const OVERLAY_PAGES[at])
     }
 }
 

@@ -27,5 +27,6 @@ pub mod nested;
 pub mod npt01;
 pub mod permissions;
 pub mod registers;
+pub mod relocate;
 pub mod shared;
 pub mod vp;

@@ -11,7 +11,7 @@ use hvcore::memory::{GuestMemory, MemoryError};
 use hvcore::partition::Overlay;
 
 /// Virtual address of physical address 0 in L0's page tables.
-pub const DIRECT_MAP: u64 = 0;
+pub const DIRECT_MAP: u64 = 0xffff_8000_0000_0000;
 
 /// End of the 32-bit physical address space.
 pub const FOUR_GIB: u64 = 1 << 32;

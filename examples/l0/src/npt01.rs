@@ -44,6 +44,16 @@ impl TablePage {
     pub const fn new() -> Self {
         Self([const { AtomicU64::new(0) }; 512])
     }
+
+    /// Entry `index`, below 512.
+    pub fn entry(&self, index: usize) -> u64 {
+        self.0[index].load(Ordering::Relaxed)
+    }
+
+    /// Sets entry `index`, below 512, of a table that no processor walks.
+    pub fn set(&self, index: usize, entry: u64) {
+        self.0[index].store(entry, Ordering::Relaxed);
+    }
 }
 
 impl Default for TablePage {
@@ -232,22 +242,14 @@ impl<'a> Npt01<'a> {
     }
 }
 
-/// Fills L0's own page tables in `pages` (zero, at physical address `base`): physical memory up to `end` at
-/// [`DIRECT_MAP`](crate::memory::DIRECT_MAP), 2 MiB pages, the APIC's region uncached. The value for CR3.
-pub fn direct_map(pages: &[TablePage], base: u64, end: u64) -> Result<u64, OutOfPages> {
-    const UNCACHED: u64 = 1 << 4 | 1 << 3;
-    let gibs = end.max(FOUR_GIB).div_ceil(GIB) as usize;
-    let (Some(pml4), Some(pdpt)) = (pages.first(), pages.get(1)) else { return Err(OutOfPages) };
-    let table = PRESENT | WRITE | ACCESSED;
-    pml4.0[0].store((base + 4096) | table, Ordering::Relaxed);
-    for gib in 0..gibs.min(512) {
-        let pd = pages.get(2 + gib).ok_or(OutOfPages)?;
-        pdpt.0[gib].store((base + (2 + gib as u64) * 4096) | table, Ordering::Relaxed);
-        for (i, e) in pd.0.iter().enumerate() {
-            let pa = gib as u64 * GIB + i as u64 * MIB2;
-            let cache = if (0xc000_0000..FOUR_GIB).contains(&pa) { UNCACHED } else { 0 };
-            e.store(pa | table | DIRTY | LARGE | cache, Ordering::Relaxed);
-        }
-    }
-    Ok(base)
+/// Entries of L0's own page tables.
+pub mod bits {
+    use super::{ACCESSED, DIRTY, LARGE, PRESENT, WRITE};
+
+    /// Refers to a table.
+    pub const HOST_TABLE: u64 = PRESENT | WRITE | ACCESSED;
+    /// Maps 2 MiB.
+    pub const HOST_LARGE: u64 = HOST_TABLE | DIRTY | LARGE;
+    /// Not cached.
+    pub const UNCACHED: u64 = 1 << 4 | 1 << 3;
 }

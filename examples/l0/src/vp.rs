@@ -25,6 +25,7 @@ use crate::mutant::Mutant;
 use crate::nested;
 use crate::permissions::{IOPM01, MSRPM01};
 use crate::registers::Gprs;
+use crate::relocate::phys_of;
 use crate::shared::Shared;
 use hvcore::flush::LocalFlush;
 use nsvm::vmcb::bits::{DR7_RESET, Intercepts, efer, int_ctl, misc1, misc2};
@@ -514,7 +515,7 @@ fn shadow_tables() -> Result<NptShadow<'static>, Failure> {
     }
     // SAFETY: initialised above, exclusive, never freed.
     let records = unsafe { core::slice::from_raw_parts_mut(records, SHADOW_PAGES) };
-    let base = pages.as_ptr() as u64;
+    let base = phys_of(pages.as_ptr());
     let pool = PagePool::new(pages, records, |i| Hpa::new(base + 4096 * i as u64)).map_err(|_| Failure::OutOfPages)?;
     NptShadow::new(pool, 4).map_err(|_| Failure::OutOfPages)
 }
