@@ -5,7 +5,7 @@
 
 use hvcore::addr::Level;
 use hvcore::memory::{GuestMemory, MemoryError};
-use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+use zerocopy::IntoBytes;
 
 use crate::caps::{Config, Features};
 use crate::check::{self, Refusal};
@@ -13,7 +13,7 @@ use crate::machine::Machine;
 use crate::state::{Context, NestedSvm};
 use crate::view::View;
 use crate::vmcb::bits::{Event, Intercepts, clean, cr4, int_ctl, int_state, misc1, misc2, np, rflags, tlb, virt_ext};
-use crate::vmcb::{Control, ENLIGHTENED_VMCB_OFFSET, EnlightenedVmcbFields, SAVE_OFFSET, Save, Segment, Vmcb};
+use crate::vmcb::{Control, ENLIGHTENED_VMCB_OFFSET, EnlightenedVmcbFields, SAVE_OFFSET, Save, Vmcb};
 
 /// What L1's TLB_CONTROL asks of the translations that derive from L1's nested page tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,35 +51,6 @@ impl From<Refusal> for Failure {
 pub(crate) fn part<const FROM: usize, const TO: usize>(save: &mut Save) -> &mut [u8] {
     const { assert!(FROM >= 0x400 && TO > FROM && TO <= 0x400 + size_of::<Save>()) };
     save.as_mut_bytes().get_mut(FROM.wrapping_sub(0x400)..TO.wrapping_sub(0x400)).unwrap_or_default()
-}
-
-/// The bytes of the VMCB from its enlightened fields to IDTR.
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-struct Neighbours {
-    enlightenments: EnlightenedVmcbFields,
-    descriptors: Descriptors,
-}
-
-/// Offsets 0x400 to 0x48F.
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-struct Descriptors {
-    es: Segment,
-    cs: Segment,
-    ss: Segment,
-    ds: Segment,
-    fs_gs: [Segment; 2],
-    gdtr: Segment,
-    ldtr: Segment,
-    idtr: Segment,
-}
-
-impl Descriptors {
-    fn store(&self, save: &mut Save) {
-        (save.es, save.cs, save.ss, save.ds) = (self.es, self.cs, self.ss, self.ds);
-        (save.gdtr, save.idtr) = (self.gdtr, self.idtr);
-    }
 }
 
 /// Clears what L1 was not offered, and reserved bits that VMRUN ignores.
@@ -142,26 +113,16 @@ impl NestedSvm {
         let unchanged = if known && self.config.offered.has(Features::VMCB_CLEAN) { self.control.clean } else { 0 };
         sanitize(&self.config, &mut self.control);
         let save = &mut self.memory_save;
-        let descriptors = clean::SEG | clean::DT;
-        if self.config.enlightened && unchanged & descriptors == 0 {
-            // They are neighbours: one access.
-            let mut both = Neighbours::new_zeroed();
-            view.read::<0x3E0>(both.as_mut_bytes())?;
-            *hv = both.enlightenments;
-            both.descriptors.store(save);
-        } else {
-            if self.config.enlightened {
-                // VM_ID, VP_ID and the assist address are read at every entry, whatever clean bit 31 says: Linux
-                // writes its VP_ID after the first run and leaves the bit set.
-                let hv = hv.as_mut_bytes().get_mut(..24).unwrap_or_default();
-                view.read::<0x3E0>(hv)?;
-            }
-            if unchanged & clean::SEG == 0 {
-                view.read_save::<0x400, 0x440>(save)?;
-            }
-            if unchanged & clean::DT == 0 {
-                view.read_save::<0x460, 0x490>(save)?;
-            }
+        if self.config.enlightened {
+            // VM_ID, VP_ID and the assist address are read at every entry, whatever clean bit 31 says: Linux writes
+            // its VP_ID after the first run and leaves the bit set.
+            view.read::<0x3E0>(hv.as_mut_bytes().get_mut(..24).unwrap_or_default())?;
+        }
+        if unchanged & clean::SEG == 0 {
+            view.read_save::<0x400, 0x440>(save)?;
+        }
+        if unchanged & clean::DT == 0 {
+            view.read_save::<0x460, 0x490>(save)?;
         }
         if unchanged & (clean::SEG | clean::CRX) != clean::SEG | clean::CRX {
             view.read_save::<0x4C8, 0x4D8>(save)?;

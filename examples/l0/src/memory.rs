@@ -253,6 +253,17 @@ impl GuestMemory for L1Memory {
         self.write_any(gpa, buf)
     }
 
+    #[inline]
+    fn page(&self, gpa: L1Gpa) -> Option<&[AtomicU64; 512]> {
+        if !gpa.is_aligned(0x1000) {
+            return None;
+        }
+        let p = self.at(gpa, 0x1000).ok()?;
+        // SAFETY: `at` checked that the page is RAM which L0 maps and does not own; the line above the alignment.
+        // Guests write it meanwhile, which atomic words allow for.
+        Some(unsafe { &*p.cast::<[AtomicU64; 512]>() })
+    }
+
     fn compare_exchange_u8(&self, gpa: L1Gpa, current: u8, new: u8) -> Result<Result<u8, u8>, MemoryError> {
         let p = self.aligned(gpa, 1)?;
         // SAFETY: `aligned` checked range and alignment.
