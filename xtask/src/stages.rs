@@ -33,6 +33,7 @@ pub const STAGES: &[Stage] = &[
     Stage { name: "msrv", budget: minutes(2), run: msrv },
     Stage { name: "other-targets", budget: minutes(1), run: other_targets },
     Stage { name: "loom", budget: minutes(3), run: loom },
+    Stage { name: "flush-mutants", budget: minutes(4), run: flush_mutants },
     Stage { name: "no-panic", budget: minutes(2), run: no_panic },
     Stage { name: "fuzz", budget: minutes(3), run: fuzz::stage },
     Stage { name: "qemu-test", budget: minutes(15), run: qemu_tests },
@@ -134,6 +135,14 @@ fn loom(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
         0 => Ok(Outcome::Skipped("no models".into())),
         n => Ok(Outcome::PassedWith(format!("{n} files of models"))),
     }
+}
+
+/// The stress test of the flush engine catches each of its deliberate defects.
+fn flush_mutants(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
+    let sh = &ctx.sh;
+    let command = cmd!(sh, "cargo test -p tests --target-dir target/mutants --test flush_stress -- --nocapture");
+    log.run(command.env("CARGO_ENCODED_RUSTFLAGS", "--cfg\x1fflush_mutants"))?;
+    Ok(Outcome::Passed)
 }
 
 fn no_panic(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
