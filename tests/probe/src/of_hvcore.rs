@@ -9,6 +9,7 @@ use hvcore::hypercall::calls::*;
 use hvcore::hypercall::{Answer, Hypercall, Input, Output, Privileges, Request};
 use hvcore::memory::{CallerMemory, GuestMemory, L1Caller, L2Caller};
 use hvcore::partition::{OverlayMemory, PartitionConfig};
+use hvcore::pv::PreemptedByte;
 use hvcore::shadow::{PagePool, PageRecord, ShadowError, ShadowPage, TagFlush};
 use hvcore::vp_index::{KnownBanks, Slots};
 use tlfs_abi::status::HvStatus;
@@ -101,6 +102,7 @@ fn intake() {
         "hvcore::hypercall::Output::push": Output::<L2>::push::<[u8; 3]>;
         "hvcore::hypercall::Request::code": Request::<Regs, L2>::code;
         "hvcore::hypercall::Request::serve": Request::<Regs, L2>::serve::<FlushVirtualAddressListEx, Calls>;
+        "hvcore::memory::GuestMemory::page": <Memory as GuestMemory>::page;
         "hvcore::memory::GuestMemory::read_u32": <Memory as GuestMemory>::read_u32;
         "hvcore::memory::GuestMemory::read_u64": <Memory as GuestMemory>::read_u64;
         "hvcore::memory::GuestMemory::write_u64": <Memory as GuestMemory>::write_u64;
@@ -176,6 +178,8 @@ fn flush() {
 
 fn partition() {
     keep_named! {
+        "hvcore::pv::PreemptedByte::scheduled_in": PreemptedByte::scheduled_in::<Memory, 16>;
+        "hvcore::pv::PreemptedByte::scheduled_out": PreemptedByte::scheduled_out::<Memory>;
         "hvcore::direct::authorise": hvcore::direct::authorise::<Memory>;
         "hvcore::partition::OverlayMemory as GuestMemory": <Overlaid as GuestMemory>::read;
         "hvcore::partition::OverlayMemory as GuestMemory": <Overlaid as GuestMemory>::write;
