@@ -175,6 +175,7 @@ fn shape<D: Declaration>(input: HypercallInput) -> Step<Layout> {
     }
     let (variable, count, start) = (usize::from(variable), usize::from(count), usize::from(start));
     // At most 4,096 + 8 * 1,023 + 64 * 4,095: nothing wraps.
+    let variable = if D::MAX_VARIABLE_HEADER != 0 { variable } else { 0 };
     let list = size_of::<D::Header>().wrapping_add(variable.wrapping_mul(8));
     let list_bytes = if D::REP { count.wrapping_mul(size_of::<D::Element>()) } else { 0 };
     let output = D::OUTPUT.wrapping_add(count.wrapping_mul(D::OUTPUT_ELEMENT));
@@ -285,7 +286,11 @@ fn translate<C: CallerMemory + ?Sized>(memory: &C, gpa: u64, len: usize, access:
 #[inline]
 fn parse<'b, D: Declaration>(bytes: &'b [u8], caller: &Caller, layout: &Layout) -> Step<Input<'b, D>> {
     let (header, _) = D::Header::read_from_prefix(bytes).map_err(|_| INVALID_INPUT)?;
-    let variable = part::<u64>(bytes, size_of::<D::Header>(), 0, layout.variable)?;
+    let variable: &[u64] = if D::MAX_VARIABLE_HEADER != 0 {
+        part(bytes, size_of::<D::Header>(), 0, layout.variable)?
+    } else {
+        Default::default()
+    };
     let elements: &[D::Element] =
         if D::REP { part(bytes, layout.list, layout.start, layout.count)? } else { Default::default() };
     Ok(Input { level: caller.level, privileges: caller.privileges, header, variable, elements })
