@@ -117,6 +117,9 @@ const STEPS: usize = 24;
 /// Entries of a walk of L1's own tables.
 const L1_STEPS: usize = 4;
 
+/// Walks of L1 that are remembered: instructions of one cache line never compete for a place.
+const L1_WALKS: usize = 64;
+
 /// An entry that a walk read: where it is, and what it held.
 type Step = (&'static AtomicU64, u64);
 
@@ -197,7 +200,7 @@ pub struct Fetch {
     memory: &'static L1Memory,
     /// L1's nested tables for the L2 that runs, when L1 uses nested paging.
     nested: Cell<Option<Nested>>,
-    l1: [Walk<L1_STEPS>; 8],
+    l1: [Walk<L1_STEPS>; L1_WALKS],
     l2: [Walk<STEPS>; 2],
 }
 
@@ -207,7 +210,7 @@ unsafe impl Send for Fetch {}
 impl Fetch {
     /// Nothing is remembered.
     pub const fn new(memory: &'static L1Memory) -> Self {
-        Self { memory, nested: Cell::new(None), l1: [const { Walk::new() }; 8], l2: [const { Walk::new() }; 2] }
+        Self { memory, nested: Cell::new(None), l1: [const { Walk::new() }; L1_WALKS], l2: [const { Walk::new() }; 2] }
     }
 
     /// L2 runs on these tables of L1's from now on; `None`: on L1's addresses.
@@ -233,7 +236,7 @@ impl Fetch {
     #[inline(always)]
     fn l1_bytes(&self, vmcb: &Vmcb, bytes: &mut [u8; MAX_LENGTH]) -> usize {
         let la = linear_rip(vmcb);
-        let walk = &self.l1[((la >> 1 ^ la >> 4) & 7) as usize];
+        let walk = &self.l1[(la ^ la >> 6) as usize % L1_WALKS];
         if walk.is_of(la, &Paging::of(vmcb), self.memory.overlay_moves()) && walk.holds(L1_STEPS) {
             copy_code(walk.code.get(), bytes);
             return MAX_LENGTH;
