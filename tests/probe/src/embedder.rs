@@ -1,6 +1,7 @@
 //! An embedder whose answers the optimiser cannot foresee.
 
 use core::hint::black_box;
+use core::sync::atomic::AtomicU64;
 use hvcore::addr::{Hpa, L1Gpa, L2Gpa, Level};
 use hvcore::client::{HypercallPort, INPUT_WORDS, XMM_WORDS};
 use hvcore::hypercall::calls::*;
@@ -38,6 +39,10 @@ impl GuestMemory for Memory {
     fn write(&self, _: L1Gpa, buf: &[u8]) -> Result<(), MemoryError> {
         black_box(buf);
         may(MemoryError)
+    }
+    fn page(&self, _: L1Gpa) -> Option<&[AtomicU64; 512]> {
+        static PAGE: [AtomicU64; 512] = [const { AtomicU64::new(0) }; 512];
+        yes().then_some(&PAGE)
     }
     fn compare_exchange_u8(&self, _: L1Gpa, _: u8, _: u8) -> Result<Result<u8, u8>, MemoryError> {
         may(MemoryError).map(|()| if yes() { Ok(word() as u8) } else { Err(word() as u8) })
