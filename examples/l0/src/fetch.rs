@@ -1,7 +1,7 @@
 //! Instruction bytes of a guest that exited, for processors that give neither the next RIP nor the bytes.
 //!
 //! The guest just executed the instruction, so permissions need no check. A walk of the guest's page tables (for L2 of
-//! L1's nested tables too) finds the bytes. [`FetchCache`] remembers walks: the entries they read and where they led. A
+//! L1's nested tables too) finds the bytes. [`Fetch`] remembers walks: the entries they read and where they led. A
 //! remembered walk counts only while every entry still has the value it had, so it gives what a new walk would give.
 
 use core::cell::{Cell, RefCell};
@@ -141,14 +141,14 @@ struct Walk<const N: usize> {
 }
 
 impl<const N: usize> Walk<N> {
-    const fn new() -> Self {
+    fn new() -> Self {
         Self {
             la: Cell::new(0),
             paging: Cell::new(Paging { cr0: 0, cr3: 0, cr4: 0, efer: 0 }),
             nested: Cell::new(None),
             steps: Cell::new(0),
             overlays: Cell::new(0),
-            path: [const { Cell::new((&NO_STEP, 0)) }; N],
+            path: core::array::from_fn(|_| Cell::new((&NO_STEP, 0))),
             code: Cell::new(core::ptr::null()),
         }
     }
@@ -209,8 +209,13 @@ unsafe impl Send for Fetch {}
 
 impl Fetch {
     /// Nothing is remembered.
-    pub const fn new(memory: &'static L1Memory) -> Self {
-        Self { memory, nested: Cell::new(None), l1: [const { Walk::new() }; L1_WALKS], l2: [const { Walk::new() }; 2] }
+    pub fn new(memory: &'static L1Memory) -> Self {
+        Self {
+            memory,
+            nested: Cell::new(None),
+            l1: core::array::from_fn(|_| Walk::new()),
+            l2: core::array::from_fn(|_| Walk::new()),
+        }
     }
 
     /// L2 runs on these tables of L1's from now on; `None`: on L1's addresses.
