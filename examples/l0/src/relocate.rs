@@ -1,7 +1,7 @@
 //! L0 moves itself and its modules to the top of memory below 4 GiB, so that L1 has the rest in one piece.
 //!
 //! The image keeps its virtual addresses; from the move on they lead to the copy. Physical memory, L1's included, is
-//! reached at [`DIRECT_MAP`](crate::memory::DIRECT_MAP). Used once, by [`crate::boot`], before anything is allocated
+//! reached at [`DIRECT_MAP`]. Used once, by [`crate::boot`], before anything is allocated
 //! and before other processors run.
 
 use core::sync::atomic::{AtomicU64, Ordering};
