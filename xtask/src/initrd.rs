@@ -8,7 +8,7 @@ const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 
 /// An archive that is being made.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Archive {
     bytes: Vec<u8>,
     directories: Vec<String>,

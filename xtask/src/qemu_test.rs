@@ -20,6 +20,9 @@ pub struct Args {
     /// Run this scenario alone (may be repeated)
     #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(SCENARIOS.iter().map(|s| s.name)))]
     scenario: Vec<String>,
+    /// Also run the scenarios that take minutes
+    #[arg(long)]
+    all: bool,
     /// Write one JSON object per run to FILE
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -45,7 +48,8 @@ pub fn run(ctx: &Ctx, args: Args) -> Result<()> {
         }
         return Ok(());
     }
-    let chosen = |s: &&Scenario| args.scenario.is_empty() || args.scenario.iter().any(|name| name == s.name);
+    let by_name = |s: &Scenario| args.scenario.iter().any(|name| name == s.name);
+    let chosen = |s: &&Scenario| by_name(s) || args.scenario.is_empty() && (args.all || !s.slow);
     let options = Options { accel: args.accel, timeout: args.timeout, smp: args.smp, freestanding: args.freestanding };
     let mut log = Log::create(ctx, "qemu-test")?;
     let results = run_scenarios(ctx, &mut log, &options, SCENARIOS.iter().filter(chosen), |line| println!("{line}"));
@@ -106,7 +110,7 @@ struct Ingredients {
 pub fn stage(ctx: &Ctx, log: &mut Log, freestanding: Freestanding) -> Result<String> {
     let options = Options { accel: Accel::Tcg, timeout: None, smp: None, freestanding };
     // The second target shows that the runtime works there: the nested scenarios need not run twice.
-    let chosen = SCENARIOS.iter().filter(|s| freestanding != Freestanding::Host || s.image == "selftest");
+    let chosen = SCENARIOS.iter().filter(|s| !s.slow && (freestanding != Freestanding::Host || s.image == "selftest"));
     let mut lines = Vec::new();
     let results = run_scenarios(ctx, log, &options, chosen, |line| lines.push(line.to_string()))?;
     for line in &lines {
@@ -134,7 +138,8 @@ fn run_scenarios(
         setup::need(ctx, setup::GRUB)?;
     }
     let target = images::choose(ctx, options.freestanding)?;
-    let linux = chosen.clone().any(|s| s.is_linux()).then(|| linux::prepare(ctx, log)).transpose()?;
+    let with_qemu = chosen.clone().any(|s| s.has_qemu_inside());
+    let linux = chosen.clone().any(|s| s.is_linux()).then(|| linux::prepare(ctx, log, with_qemu)).transpose()?;
     let ingredients = Ingredients { images: images::build(ctx, log, target)?, linux };
     show(&format!("images for {:?}", ingredients.images.target));
     show(&format!("{:<24} {:<20} {:<8} {:>8}", "scenario", "cpu", "result", "seconds"));
@@ -207,6 +212,7 @@ fn modules(ingredients: &Ingredients, scenario: &Scenario, cpus: u32, directory:
             }
             Content::LinuxKernel => linux(ingredients)?.kernel.clone(),
             Content::LinuxInitrd => linux(ingredients)?.initrd.clone(),
+            Content::LinuxQemuInitrd => linux(ingredients)?.qemu_initrd.clone().ok_or("no QEMU was prepared")?,
             Content::Text(text) => {
                 let path = directory.join(format!("module{i}"));
                 fs::write(&path, text)?;

@@ -40,6 +40,8 @@ pub enum Content {
     LinuxKernel,
     /// The initial RAM disk for it.
     LinuxInitrd,
+    /// The one that has QEMU and a second Linux in it.
+    LinuxQemuInitrd,
 }
 
 /// How a run must end.
@@ -83,6 +85,8 @@ pub struct Scenario {
     pub typed: Option<Typed>,
     /// How it must end.
     pub expect: Expect,
+    /// Takes minutes: runs when it is named, or with `--all`.
+    pub slow: bool,
     /// Seconds after which it has failed, unless `--timeout` says otherwise.
     pub timeout: u64,
 }
@@ -90,7 +94,12 @@ pub struct Scenario {
 impl Scenario {
     /// True when it needs Debian's packages.
     pub fn is_linux(&self) -> bool {
-        self.modules.iter().any(|m| matches!(m.content, Content::LinuxKernel | Content::LinuxInitrd))
+        self.modules.iter().any(|m| matches!(m.content, Content::LinuxKernel))
+    }
+
+    /// True when it needs QEMU's packages, too.
+    pub fn has_qemu_inside(&self) -> bool {
+        self.modules.iter().any(|m| matches!(m.content, Content::LinuxQemuInitrd))
     }
 }
 
@@ -105,6 +114,7 @@ const BASE: Scenario = Scenario {
     memory: 256,
     typed: None,
     expect: Expect::Success,
+    slow: false,
     timeout: 120,
 };
 
@@ -176,6 +186,39 @@ const PLAIN_FLUSHES: Expect = Expect::PowerOff {
     not_counted: &["direct_flushes", "l1_calls"],
 };
 
+/// The same, running a second Linux under QEMU.
+const LINUX_LINUX: &[Module] = &[
+    Module { content: Content::LinuxKernel, args: "console=ttyS0 panic=-1 l1=linux load=4,512,5" },
+    Module { content: Content::LinuxQemuInitrd, args: "" },
+];
+
+/// The second Linux used flush hypercalls, which never came to the first.
+const LINUX_FLUSHES: Expect = Expect::PowerOff {
+    says: &[
+        " on {cpus} processors: linux",
+        "SVM: kvm: Hyper-V Direct TLB Flush enabled",
+        "l2: direct flush for the processor",
+        "Hyper-V: Using hypercall for remote TLB flush",
+        " 0 stale",
+        "init: L2 is content",
+    ],
+    counted: &["l2_exits", "direct_flushes"],
+    not_counted: &["reflected_flushes"],
+};
+
+/// The second Linux's flushes are the first's to do.
+const LINUX_PLAIN: Expect = Expect::PowerOff {
+    says: &[
+        " on {cpus} processors: linux",
+        "not offered by KVM",
+        "Hyper-V: Using hypercall for remote TLB flush",
+        " 0 stale",
+        "init: L2 is content",
+    ],
+    counted: &["l2_exits"],
+    not_counted: &["direct_flushes", "l1_calls"],
+};
+
 const POWER_OFF: Typed = Typed { prompt: "\nl1# ", line: "poweroff -f" };
 
 /// All scenarios, in the order in which they run.
@@ -206,6 +249,8 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "linux-kvm", modules: LINUX_KVM, cpus: 2, expect: DIRECT_FLUSHES, ..LINUX },
     Scenario { name: "linux-kvm-4-processors", modules: LINUX_KVM, cpus: 4, expect: DIRECT_FLUSHES, ..LINUX },
     Scenario { name: "linux-kvm-plain", args: "enlighten=off", modules: LINUX_KVM, cpus: 2, expect: PLAIN_FLUSHES, ..LINUX },
+    Scenario { name: "linux-kvm-linux", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_FLUSHES, slow: true, timeout: 600, ..LINUX },
+    Scenario { name: "linux-kvm-linux-plain", args: "enlighten=off", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_PLAIN, slow: true, timeout: 600, ..LINUX },
     // Faults that L0 commits on purpose: the controls of the TLB auditor.
     Scenario { name: "audit-no-tlb-control", image: "l0", args: "audit mutant=no-tlb-control", modules: ASID_REUSE, expect: Expect::GaveUp("audit:"), ..BASE },
     Scenario { name: "audit-one-asid", image: "l0", args: "audit mutant=one-asid", modules: ASID_REUSE, expect: Expect::GaveUp("without a flush"), ..BASE },
