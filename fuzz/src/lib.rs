@@ -9,8 +9,12 @@ use tests::harness::{hypercall, lists};
 pub type Target = fn(&[u8]);
 
 /// Every target by name.
-pub const TARGETS: &[(&str, Target)] =
-    &[("hypercall_intake", hypercall_intake), ("vp_set", vp_set), ("gva_list", gva_list)];
+pub const TARGETS: &[(&str, Target)] = &[
+    ("hypercall_intake", hypercall_intake),
+    ("vp_set", vp_set),
+    ("gva_list", gva_list),
+    ("nsvm_actions", nsvm_actions),
+];
 
 /// One hypercall in any convention, from any mode and level, with any registers and memory: the intake against the
 /// reference model.
@@ -40,5 +44,14 @@ pub fn gva_list(bytes: &[u8]) {
         let entry = b.word();
         lists::compare_range(entry, false);
         lists::compare_range(entry, true);
+    }
+}
+
+/// Up to 48 actions of two L1s on shared processors of the machine model, one hostile (VMRUN with mutated VMCBs, any
+/// instruction of L1 or L2, register changes, NMI, INIT), one orderly (table changes with their flushes, memory that
+/// moves, save and restore, other processors). The rules that must hold are listed in [`tests::embedder`].
+pub fn nsvm_actions(bytes: &[u8]) {
+    if let Err(why) = tests::embedder::actions::run(bytes) {
+        panic!("{why}");
     }
 }

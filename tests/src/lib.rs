@@ -1,5 +1,7 @@
 //! Reference models, the machine model, and the harnesses that compare the library with them.
 
+pub mod conformance;
+pub mod embedder;
 pub mod harness;
 pub mod model;
 pub mod reference;

@@ -11,8 +11,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const WORDS: usize = 512;
 type Page = [AtomicU64; WORDS];
 
-/// Physical memory from address 0 up to a size.
+/// Physical memory from an address (mostly 0) up to a size.
 pub struct PhysMem {
+    /// Number of the first page.
+    first: u64,
     pages: Box<[OnceLock<Box<Page>>]>,
     strays: AtomicU64,
 }
@@ -20,8 +22,13 @@ pub struct PhysMem {
 impl PhysMem {
     /// Memory of `bytes` bytes, rounded up to whole pages, all zero. Untouched pages cost 16 bytes each.
     pub fn new(bytes: u64) -> Self {
+        Self::starting_at(0, bytes)
+    }
+
+    /// The same from `base` on, which is page-aligned: an address of this memory is not mistaken for anything else.
+    pub fn starting_at(base: u64, bytes: u64) -> Self {
         let n = usize::try_from(bytes.div_ceil(4096)).expect("memory larger than the address space");
-        Self { pages: (0..n).map(|_| OnceLock::new()).collect(), strays: AtomicU64::new(0) }
+        Self { first: base >> 12, pages: (0..n).map(|_| OnceLock::new()).collect(), strays: AtomicU64::new(0) }
     }
 
     /// The size in bytes.
@@ -42,7 +49,8 @@ impl PhysMem {
     }
 
     fn slot(&self, addr: u64) -> Option<&OnceLock<Box<Page>>> {
-        let slot = usize::try_from(addr >> 12).ok().and_then(|n| self.pages.get(n));
+        let slot =
+            (addr >> 12).checked_sub(self.first).and_then(|n| usize::try_from(n).ok()).and_then(|n| self.pages.get(n));
         if slot.is_none() {
             self.strays.fetch_add(1, Ordering::Relaxed);
         }

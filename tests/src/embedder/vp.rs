@@ -1,0 +1,296 @@
+//! One virtual processor: what the library needs for it, and how it is put in the model's memory and taken out.
+
+use hvcore::addr::Hpa;
+use hvcore::flush::{LocalFlush, Shootdown};
+use hvcore::hypercall::Scratch;
+use hvcore::partition::VpInterface;
+use hvcore::shadow::{PagePool, PageRecord, ShadowPage};
+use nsvm::asid::AsidPool;
+use nsvm::npt::{NptFormat, NptShadow};
+use nsvm::vmcb::Vmcb;
+use nsvm::vmcb::bits::{DR7_RESET, Intercepts, efer, misc1, misc2};
+use nsvm::{Code, Gprs, IoMap, Machine, MergedMap, MsrMap, NestedSvm};
+use zerocopy::{FromZeros, IntoBytes};
+
+use super::layout::{self, VpPlaces};
+use super::memory::L1View;
+use crate::model::cpu::Op;
+use crate::model::mem::PhysMem;
+
+/// Shadow roots per VP.
+pub const ROOTS: usize = 2;
+/// Pages of shadow tables per VP.
+pub const SHADOW_PAGES: usize = 10;
+
+/// What exits of L1.
+pub const INTERCEPTS: Intercepts = Intercepts {
+    cr: 0,
+    dr: 0,
+    exceptions: 0,
+    misc1: misc1::NMI
+        | misc1::INIT
+        | misc1::CPUID
+        | misc1::INVLPGA
+        | misc1::IOIO_PROT
+        | misc1::MSR_PROT
+        | misc1::SHUTDOWN,
+    misc2: misc2::VMRUN | misc2::VMMCALL | misc2::VMLOAD | misc2::VMSAVE | misc2::STGI | misc2::CLGI | misc2::SKINIT,
+    misc3: 0,
+};
+
+/// General registers but RAX and RSP, numbered as instructions do.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Regs(pub [u64; 16]);
+
+impl Gprs for Regs {
+    fn rcx(&self) -> u64 {
+        self.0[1]
+    }
+    fn rdx(&self) -> u64 {
+        self.0[2]
+    }
+    fn set_rdx(&mut self, value: u64) {
+        self.0[2] = value;
+    }
+}
+
+/// The instruction that exited, as bytes: what the guest's program is at.
+#[derive(Clone, Copy, Debug)]
+pub struct Bytes(pub Op);
+
+impl Code for Bytes {
+    fn fetch(&self, _: hvcore::addr::Level, _: &Vmcb, bytes: &mut [u8; 15]) -> usize {
+        bytes.fill(0x90);
+        let code = self.0.encode();
+        bytes[..code.bytes().len()].copy_from_slice(code.bytes());
+        15
+    }
+}
+
+/// The embedder's own permission maps.
+pub struct OwnMaps {
+    /// All MSRs but SYSENTER_CS exit.
+    pub msr: Box<MsrMap>,
+    /// Port 0xE0 exits.
+    pub io: Box<IoMap>,
+}
+
+impl Default for OwnMaps {
+    fn default() -> Self {
+        let mut maps = Self { msr: Box::new([u64::MAX; 1024]), io: Box::new([0; 1536]) };
+        maps.msr[0x174 >> 5] &= !(3 << ((0x174 & 31) * 2));
+        maps.io[0xE0 >> 6] |= 1 << (0xE0 & 63);
+        maps
+    }
+}
+
+/// The pages of a VP that the processor reads.
+pub struct Hw {
+    /// Runs L1.
+    pub vmcb01: Box<Vmcb>,
+    /// Runs L2.
+    pub vmcb02: Box<Vmcb>,
+    /// MSR map of L2.
+    pub msrpm02: Box<MsrMap>,
+    /// IO map of L2.
+    pub iopm02: Box<IoMap>,
+    /// The other registers.
+    pub regs: Regs,
+    /// Where all that is.
+    pub at: VpPlaces,
+}
+
+/// A virtual processor.
+pub struct Vp<'a> {
+    /// What the processor reads.
+    pub hw: Hw,
+    /// The library's state machine.
+    pub nested: NestedSvm,
+    /// The shadow of L1's nested tables.
+    pub shadow: NptShadow<'a, ROOTS>,
+    /// What others may ask it to flush.
+    pub flush: LocalFlush<'a>,
+    /// Its synthetic MSRs.
+    pub msrs: VpInterface,
+    /// Targets of its last flush.
+    pub shootdown: Shootdown,
+    /// Input of its hypercalls.
+    pub scratch: Scratch,
+    /// L1's nested tables for the L2 that runs.
+    pub walk: Option<(NptFormat, u64)>,
+    /// The processor that it is on.
+    pub on: Option<usize>,
+    /// The instruction that its guest is at.
+    pub op: Op,
+    /// Why it has been reset since its L1 was booted.
+    pub fell: Option<&'static str>,
+    pages: &'a [ShadowPage],
+    mirror: Vec<u64>,
+}
+
+/// Storage of a VP that others may look at, or that its tables live in.
+pub struct VpStorage {
+    pages: Vec<ShadowPage>,
+    records: Vec<PageRecord>,
+}
+
+impl Default for VpStorage {
+    fn default() -> Self {
+        Self {
+            pages: (0..SHADOW_PAGES).map(|_| ShadowPage::new()).collect(),
+            records: (0..SHADOW_PAGES).map(|_| PageRecord::new()).collect(),
+        }
+    }
+}
+
+/// The library's machine, lent by the VP, the processor and the partition.
+pub fn machine<'m>(
+    hw: &'m mut Hw,
+    asids: &'m mut AsidPool,
+    own: &'m OwnMaps,
+    memory: &'m L1View,
+    code: &'m Bytes,
+) -> Machine<'m, Regs, L1View, Bytes> {
+    Machine {
+        vmcb01: &mut hw.vmcb01,
+        vmcb02: &mut hw.vmcb02,
+        gprs: &mut hw.regs,
+        msrpm02: MergedMap { words: &mut hw.msrpm02, base: Hpa::new(hw.at.msrpm02) },
+        iopm02: MergedMap { words: &mut hw.iopm02, base: Hpa::new(hw.at.iopm02) },
+        msrpm01: &own.msr,
+        iopm01: &own.io,
+        asids,
+        memory,
+        code,
+    }
+}
+
+impl<'a> Vp<'a> {
+    /// The VP that `hw` is for, after reset.
+    pub fn new(
+        config: nsvm::caps::Config,
+        at: VpPlaces,
+        storage: &'a mut VpStorage,
+        flush: LocalFlush<'a>,
+        msrs: VpInterface,
+    ) -> Self {
+        let mut hw = Hw {
+            vmcb01: Box::new(Vmcb::new_zeroed()),
+            vmcb02: Box::new(Vmcb::new_zeroed()),
+            msrpm02: Box::new([0; 1024]),
+            iopm02: Box::new([0; 1536]),
+            regs: Regs::default(),
+            at,
+        };
+        let mut msr = MergedMap { words: &mut hw.msrpm02, base: Hpa::new(at.msrpm02) };
+        let mut io = MergedMap { words: &mut hw.iopm02, base: Hpa::new(at.iopm02) };
+        let nested = NestedSvm::new(config, &mut msr, &mut io);
+        let VpStorage { pages, records } = storage;
+        let pages = &pages[..];
+        let pool = PagePool::new(pages, records, |n| Hpa::new(at.pool + n as u64 * 4096)).expect("a pool");
+        let mut vp = Self {
+            hw,
+            nested,
+            shadow: NptShadow::new(pool, 4).expect("enough pages"),
+            flush,
+            msrs,
+            shootdown: Shootdown::new(),
+            scratch: Scratch::new(),
+            walk: None,
+            on: None,
+            op: Op::Nop,
+            fell: None,
+            pages,
+            mirror: vec![0; SHADOW_PAGES * 512],
+        };
+        vp.init();
+        vp
+    }
+
+    /// L1's processor as its kernel starts: 64-bit, paging on.
+    pub fn init(&mut self) {
+        let v = &mut *self.hw.vmcb01;
+        let at = &self.hw.at;
+        v.control.intercepts = INTERCEPTS;
+        (v.control.iopm_base, v.control.msrpm_base) = (at.iopm01, at.msrpm01);
+        (v.control.np_control, v.control.n_cr3) = (1, at.npt01);
+        (v.control.int_ctl, v.control.int_state, v.control.event_inj) = (0, 0, 0);
+        let segment = |attrib| nsvm::vmcb::Segment { selector: 8, attrib, limit: u32::MAX, base: 0 };
+        v.save.cs = segment(0x29B);
+        (v.save.ds, v.save.es, v.save.ss) = (segment(0xC93), segment(0xC93), segment(0xC93));
+        v.save.cpl = 0;
+        v.save.efer = efer::SVME | efer::LMA | 1 << 8 | 1 << 11;
+        (v.save.cr0, v.save.cr3, v.save.cr4) = (0x8001_0011, layout::L1_TABLES, 0x20);
+        (v.save.dr6, v.save.dr7, v.save.rflags) = (0xFFFF_0FF0, DR7_RESET, 2);
+        (v.save.rip, v.save.rsp, v.save.g_pat) = (0x6_0000, layout::STACK, 0x0007_0406_0007_0406);
+        self.hw.regs = Regs::default();
+        self.walk = None;
+    }
+
+    /// Resets the VP, as a triple fault of its L1 does.
+    pub fn reset(&mut self, why: &'static str) {
+        self.init();
+        self.nested.reset();
+        self.flush.forget_context();
+        self.fell = Some(why);
+    }
+
+    /// Pages of its shadow tables.
+    pub fn pool_pages(&self) -> u64 {
+        self.pages.len() as u64
+    }
+
+    /// The VMCB of the level that runs.
+    pub fn vmcb(&mut self) -> &mut Vmcb {
+        match self.nested.level() {
+            hvcore::addr::Level::L1 => &mut self.hw.vmcb01,
+            hvcore::addr::Level::L2 => &mut self.hw.vmcb02,
+        }
+    }
+
+    /// Puts what the processor reads in its memory; with `l2` all of it.
+    pub fn store(&mut self, mem: &PhysMem, l2: bool) {
+        put(mem, self.hw.at.vmcb01, &self.hw.vmcb01);
+        if !l2 {
+            return;
+        }
+        put(mem, self.hw.at.vmcb02, &self.hw.vmcb02);
+        let words = self.hw.msrpm02.iter().chain(self.hw.iopm02.iter());
+        let at = (self.hw.at.msrpm02..).step_by(8);
+        for (at, word) in at.zip(words) {
+            if mem.read(at, 8) != *word {
+                mem.write(at, 8, *word);
+            }
+        }
+        let entries = self.pages.iter().flat_map(|page| (0..512).map(|slot| page.entry(slot)));
+        for ((n, entry), known) in (0..).zip(entries).zip(&mut self.mirror) {
+            if *known != entry {
+                *known = entry;
+                mem.write(self.hw.at.pool + n * 8, 8, entry);
+            }
+        }
+    }
+
+    /// Takes the VMCBs back.
+    pub fn load(&mut self, mem: &PhysMem, l2: bool) {
+        get(mem, self.hw.at.vmcb01, &mut self.hw.vmcb01);
+        if l2 {
+            get(mem, self.hw.at.vmcb02, &mut self.hw.vmcb02);
+        }
+    }
+}
+
+/// The parts of a VMCB that the processor knows.
+const PARTS: [std::ops::Range<usize>; 2] = [0..0xE0, 0x400..0x698];
+
+fn put(mem: &PhysMem, at: u64, vmcb: &Vmcb) {
+    for part in PARTS {
+        mem.write_bytes(at + part.start as u64, &vmcb.as_bytes()[part]);
+    }
+}
+
+fn get(mem: &PhysMem, at: u64, vmcb: &mut Vmcb) {
+    for part in PARTS {
+        mem.read_bytes(at + part.start as u64, &mut vmcb.as_mut_bytes()[part]);
+    }
+}

@@ -1,0 +1,76 @@
+//! A second embedder on the model's processors: three L1 partitions with equal VM_IDs, more VPs than processors, another
+//! processor after every exit.
+
+use tests::embedder::actions::by_chance;
+use tests::embedder::{Counts, Mistake, Shape, Storage, World};
+use tests::model::svm::Features;
+
+/// Few ASIDs, so that they run out and come back.
+const FEW: Features = Features { asids: 5, ..Features::FULL };
+const PLAIN: Features = Features { asids: 5, ..Features::TCG };
+
+fn shape(features: Features, seed: u64) -> Shape {
+    Shape { partitions: 3, vps: 3, cpus: 3, features, seed, mistake: None }
+}
+
+/// `n` actions by chance, or the first broken rule.
+fn run(shape: Shape, n: u32) -> Result<Vec<Counts>, String> {
+    let mut storage = Storage::new(&shape);
+    let mut world = World::new(&shape, &mut storage);
+    for _ in 0..n {
+        by_chance(&mut world);
+        world.verdict()?;
+    }
+    Ok(world.partitions.iter().map(|p| p.counts).collect())
+}
+
+#[test]
+fn partitions_share_processors() {
+    for (seed, features) in (0..).zip([FEW, PLAIN, FEW, PLAIN, Features::FULL, Features::TCG]) {
+        let counts = run(shape(features, seed), 3000).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+        for c in counts {
+            assert!(c.checked > 200 && c.direct > 3 && c.kicked > 3 && c.entered > 50, "{c:?}");
+            assert!(c.paged_in > 0 && c.dirtied > 0 && c.flushed > 20, "{c:?}");
+            assert_eq!((c.refused, c.resets), (0, 0), "{c:?}");
+        }
+    }
+}
+
+#[test]
+fn a_flush_reaches_only_its_partition() {
+    let shape = shape(FEW, 9);
+    let mut storage = Storage::new(&shape);
+    let mut world = World::new(&shape, &mut storage);
+    // Everyone's L2 runs, with the same VM_ID and VP_IDs.
+    for p in 0..3 {
+        (0..3).for_each(|v| world.l2_access(p, v, 0, v, true));
+    }
+    let of = |world: &World<'_>| -> Vec<(u64, u64)> {
+        world.partitions.iter().map(|p| (p.counts.flushed, p.counts.kicked)).collect()
+    };
+    let before = of(&world);
+    for n in 0..200 {
+        world.l2_edit(0, n % 3, 0, n % 6, Some((n as u8 % 6, true)), n % 2 == 0);
+        for p in 0..3 {
+            (0..3).for_each(|v| world.l2_access(p, v, 0, n % 6, false));
+        }
+    }
+    assert_eq!(world.verdict(), Ok(()));
+    let after = of(&world);
+    assert!(after[0].0 > before[0].0 + 100, "{after:?}");
+    assert_eq!(before[1..], after[1..], "the others' VPs carried out no flush and were not kicked");
+}
+
+#[test]
+fn each_mistake_is_found() {
+    use Mistake::*;
+    for mistake in [NoKick, NoDrain, NoTlbControl, OneAsid, NoPost, NoRetire, NoIntercept] {
+        let found = (0..6).find_map(|seed| {
+            let features = if seed & 1 == 0 { FEW } else { PLAIN };
+            let partitions = 1 + (seed as usize & 2);
+            run(Shape { mistake: Some(mistake), partitions, ..shape(features, seed) }, 6000).err()
+        });
+        assert!(found.is_some(), "{mistake:?} was not found");
+        println!("{mistake:?}: {}", found.unwrap_or_default());
+    }
+}
