@@ -35,6 +35,9 @@ pub struct Args {
     /// Processors, instead of the scenario's own number
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16))]
     smp: Option<u32>,
+    /// Make the L0 hypervisor save, destroy and restore nested state every N exits
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    churn: Option<u32>,
     /// Which compiler target makes the images
     #[arg(long, value_enum, default_value = "auto")]
     freestanding: Freestanding,
@@ -50,7 +53,13 @@ pub fn run(ctx: &Ctx, args: Args) -> Result<()> {
     }
     let by_name = |s: &Scenario| args.scenario.iter().any(|name| name == s.name);
     let chosen = |s: &&Scenario| by_name(s) || args.scenario.is_empty() && (args.all || !s.slow);
-    let options = Options { accel: args.accel, timeout: args.timeout, smp: args.smp, freestanding: args.freestanding };
+    let options = Options {
+        accel: args.accel,
+        timeout: args.timeout,
+        smp: args.smp,
+        churn: args.churn,
+        freestanding: args.freestanding,
+    };
     let mut log = Log::create(ctx, "qemu-test")?;
     let results = run_scenarios(ctx, &mut log, &options, SCENARIOS.iter().filter(chosen), |line| println!("{line}"));
     let results = results.map_err(|e| format!("{e} (details: {})", log.path().display()))?;
@@ -68,6 +77,7 @@ pub struct Options {
     accel: Accel,
     timeout: Option<u64>,
     smp: Option<u32>,
+    churn: Option<u32>,
     freestanding: Freestanding,
 }
 
@@ -108,7 +118,7 @@ struct Ingredients {
 
 /// For a stage of `cargo xtask test`: everything, or what the runtime itself needs, with the table in the log.
 pub fn stage(ctx: &Ctx, log: &mut Log, freestanding: Freestanding) -> Result<String> {
-    let options = Options { accel: Accel::Tcg, timeout: None, smp: None, freestanding };
+    let options = Options { accel: Accel::Tcg, timeout: None, smp: None, churn: None, freestanding };
     // The second target shows that the runtime works there: the nested scenarios need not run twice.
     let chosen = SCENARIOS.iter().filter(|s| !s.slow && (freestanding != Freestanding::Host || s.image == "selftest"));
     let mut lines = Vec::new();
@@ -170,7 +180,10 @@ fn run_one(ctx: &Ctx, options: &Options, ingredients: &Ingredients, scenario: &'
     fs::remove_dir_all(&directory)?;
     fs::create_dir_all(&directory)?;
     let cpus = options.smp.unwrap_or(scenario.cpus);
-    let args = with_cpus(scenario.args, cpus);
+    let mut args = with_cpus(scenario.args, cpus);
+    if let ("l0", Some(churn)) = (scenario.image, options.churn) {
+        args += &format!(" churn={churn}");
+    }
     let run = Run {
         image: &ingredients.images.path(scenario.image),
         args: &args,

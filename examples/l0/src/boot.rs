@@ -140,6 +140,7 @@ fn shared(boot: &BootInfo, hole: Range, svm: cpu::CpuidResult) -> Shared {
         svm,
         hyperv: HyperV::new(address_bits),
         enlighten,
+        churn: boot.argument("churn").and_then(|n| n.parse().ok()).unwrap_or(0),
         count: has_word(boot, "count"),
         audit: has_word(boot, "audit"),
         mutant: boot.argument("mutant").and_then(Mutant::named),

@@ -22,6 +22,8 @@ pub enum Failure {
     Vmcb01Refused,
     /// The processor has too few ASIDs.
     TooFewAsids,
+    /// The library refused to restore what it had saved.
+    NotRestored(nsvm::save::RestoreError),
     /// An exit that L0 did not ask for.
     UnexpectedExit,
     /// A nested page fault on an address that should be mapped.

@@ -62,6 +62,11 @@ pub fn enter_l2(vp: &mut Vp, invalidate: Invalidate) {
     }
     vp.counters.l2_entries.add(1);
     hyperv::set_context(vp);
+    load_shadow(vp);
+}
+
+/// Puts the shadow of the tables that L2 runs on in VMCB02.
+pub fn load_shadow(vp: &mut Vp) {
     match context(vp) {
         Some(context) => {
             vp.m.vmcb02.control.n_cr3 = vp.shadow.activate(context).raw();

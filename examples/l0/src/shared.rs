@@ -45,6 +45,8 @@ pub struct Shared {
     pub enlighten: bool,
     /// Hooks for tests are offered.
     pub test_hooks: bool,
+    /// The nested state is saved, destroyed and restored after so many exits; 0: never.
+    pub churn: u64,
     /// Instructions in L0 are counted.
     pub count: bool,
     /// The TLB auditor is on.

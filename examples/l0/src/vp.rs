@@ -13,6 +13,7 @@ use hvcore::shadow::{PagePool, PageRecord, ShadowPage};
 use nsvm::asid::AsidPool;
 use nsvm::npt::NptShadow;
 use nsvm::{Entry, EntryPlan, Machine, MergedMap, NestedSvm, exit_code};
+use zerocopy::IntoBytes;
 
 use crate::audit;
 use crate::counters::{self, Counters};
@@ -130,6 +131,8 @@ pub struct Vp {
     held_sipi: Option<u8>,
     /// What it counts.
     pub counters: &'static Counters,
+    /// Turns of the run loop, where the nested state is churned.
+    turns: u64,
     /// When the guest left last, where instructions are counted.
     left_at: u64,
 }
@@ -188,6 +191,7 @@ impl Vp {
             init_held: false,
             held_sipi: None,
             counters: counters::of(id),
+            turns: 0,
             left_at: cpu::rdtsc(),
         };
         shared.ipis.add(id, shared.apic.id());
@@ -195,8 +199,8 @@ impl Vp {
         Ok(vp)
     }
 
-    /// The state of L1's processor after INIT.
-    pub fn init(&mut self) {
+    /// L0's own controls for L1.
+    fn set_controls(&mut self) {
         let v = &mut *self.m.vmcb01;
         v.control.intercepts = INTERCEPTS;
         v.control.iopm_base = self.shared.iopm01;
@@ -209,6 +213,12 @@ impl Vp {
         v.control.int_state = 0;
         v.control.event_inj = 0;
         v.control.clean = 0;
+    }
+
+    /// The state of L1's processor after INIT.
+    pub fn init(&mut self) {
+        self.set_controls();
+        let v = &mut *self.m.vmcb01;
         data_segments(v, segment(0, 0x93, 0xffff, 0));
         v.save.cs = segment(0xf000, 0x9b, 0xffff, 0xffff_0000);
         v.save.gdtr = segment(0, 0, 0xffff, 0);
@@ -282,6 +292,9 @@ impl Vp {
         if self.waiting || self.shared.ipis.has_events(self.id) {
             self.events();
         }
+        if self.shared.churn != 0 {
+            self.count_turn()?;
+        }
         let level = self.nested.route_events(&mut self.m);
         if let Some(due) = self.flush.enter(level)
             && self.shared.mutant != Some(Mutant::DrainSkipped)
@@ -317,6 +330,31 @@ impl Vp {
                 nested::l2(self)
             }
         }
+    }
+
+    /// Every so many turns the nested state is saved, destroyed and restored: what it forgets, some scenario misses.
+    #[cold]
+    fn count_turn(&mut self) -> Result<(), Failure> {
+        self.turns += 1;
+        if !self.turns.is_multiple_of(self.shared.churn) {
+            return Ok(());
+        }
+        let saved = self.nested.save(self.m.vmcb01, self.m.vmcb02);
+        for vmcb in [&mut *self.m.vmcb01, &mut *self.m.vmcb02] {
+            vmcb.as_mut_bytes().fill(0xa5);
+        }
+        self.m.vmcb01.control.as_mut_bytes().fill(0);
+        self.m.vmcb02.control.as_mut_bytes().fill(0);
+        self.set_controls();
+        self.shadow.flush_everything();
+        self.nested = match NestedSvm::restore(self.shared.config, &saved, &mut self.m) {
+            Ok(nested) => nested,
+            Err(error) => return Err(Failure::NotRestored(error)),
+        };
+        if self.nested.level() == Level::L2 {
+            nested::load_shadow(self);
+        }
+        Ok(())
     }
 
     /// The guest left, or its entry was refused.
