@@ -239,6 +239,16 @@ impl NestedSvm {
         self.events.nmi && unblocked
     }
 
+    /// An IRET that has been executed since its exit has ended the blocking of NMIs: from here on that is so whatever
+    /// RIP becomes.
+    pub(crate) fn settle_blocking(&mut self, vmcb: &Vmcb) {
+        if let Blocking::AtIret(rip) = self.events.blocking
+            && vmcb.save.rip != rip
+        {
+            self.events.blocking = Blocking::Off;
+        }
+    }
+
     /// Injects an NMI or interrupt into the level that runs, or arranges to be back as soon as that is possible.
     fn inject_pending<G: ?Sized, M: ?Sized, C: ?Sized>(&mut self, m: &mut Machine<'_, G, M, C>) -> Delivery {
         let open = self.interrupts_open(m.vmcb01, m.vmcb02);

@@ -113,10 +113,12 @@ impl NestedSvm {
     /// The state as it is now. Call it before [`prepare_entry`](Self::prepare_entry), not after.
     pub fn save(&mut self, vmcb01: &mut Vmcb, vmcb02: &mut Vmcb) -> SavedState {
         // A step of the library's own is no guest state.
-        match self.level {
-            Level::L1 => self.cancel_step(vmcb01),
-            Level::L2 => self.cancel_step(vmcb02),
-        }
+        let vmcb = match self.level {
+            Level::L1 => &mut *vmcb01,
+            Level::L2 => &mut *vmcb02,
+        };
+        self.cancel_step(vmcb);
+        self.settle_blocking(vmcb);
         let (nmi, init, interrupt, blocked) = self.events.parts();
         let mut flags = 0;
         for (set, bit) in [

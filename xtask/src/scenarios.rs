@@ -243,6 +243,8 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "svm-nested", image: "l0", args: "audit", modules: SMALL_L1, ..BASE },
     Scenario { name: "svm-nested-2-processors", image: "l0", args: "audit", modules: ALL_OF_IT, cpus: 2, timeout: 120, ..BASE },
     Scenario { name: "svm-nested-4-processors", image: "l0", args: "audit", modules: ALL_OF_IT, cpus: 4, timeout: 180, ..BASE },
+    // Nested state goes through its saved form every seventh exit.
+    Scenario { name: "svm-nested-churn", image: "l0", args: "churn=7 audit", modules: SMALL_L1, cpus: 2, timeout: 120, ..BASE },
     Scenario { name: "svm-nested", image: "l0", args: "audit", modules: SMALL_L1, machine: Machine::Qemu("EPYC-Rome,+svm"), ..BASE },
     // A kernel that nobody here wrote.
     Scenario { name: "linux-shell", modules: LINUX_SHELL, cpus: 2, typed: Some(POWER_OFF), expect: SHELL_ENDS, ..LINUX },

@@ -101,6 +101,25 @@ fn l1_with_gif_clear_and_events_pending() {
 }
 
 #[test]
+fn nmis_stay_blocked_until_iret_and_no_longer() {
+    const NMI: u64 = 1 << 31 | 2 << 8 | 2;
+    for executed in [false, true] {
+        let mut rig = Rig::ready();
+        rig.nested.pend_nmi();
+        rig.prepare();
+        assert_eq!(rig.l1(exit_code::IRET, &[0xCF]), L1Exit::Resume);
+        if executed {
+            rig.vmcb01.save.rip = 0x8800;
+        }
+        let saved = save(&mut rig);
+        restore(&mut rig, &saved).unwrap();
+        rig.nested.pend_nmi();
+        rig.prepare();
+        assert_eq!(rig.vmcb01.control.event_inj, if executed { NMI } else { 0 });
+    }
+}
+
+#[test]
 fn an_exit_that_is_not_dealt_with_yet() {
     let mut rig = in_l2();
     rig.prepare();
