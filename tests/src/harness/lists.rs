@@ -21,7 +21,11 @@ pub fn compare_vp_set(mask: u64, words: &[u64], online: &[u16]) {
     let mut inside = [false; 4200];
     want.iter().for_each(|index| inside[*index as usize] = true);
     for (index, inside) in (0..).zip(inside) {
-        assert_eq!(set.contains(index), inside, "{index}");
+        // Of banks that are not listed, the ends will do.
+        let listed = index / 64 < 64 && mask >> (index / 64) & 1 == 1;
+        if listed || index % 64 == 0 || index % 64 == 63 {
+            assert_eq!(set.contains(index), inside, "{index}");
+        }
     }
     assert!(!set.contains(u32::MAX));
     compare_translation(&VpSet::Sparse(set), &want, online);
@@ -41,7 +45,7 @@ fn compare_translation(set: &VpSet<'_>, members: &[u32], online: &[u16]) {
         up[index as usize] &= fits;
         assert_eq!(map.assign(index, slot(index)).is_ok(), fresh && fits);
     }
-    for index in 0..4096 {
+    for index in (0..limit as u32 + 2).chain([4095, 4096, u32::MAX]) {
         let want = match index as usize {
             i if i >= limit => Lookup::OutOfRange,
             i if up[i] => Lookup::Known(slot(index)),
