@@ -75,6 +75,9 @@ fn image() -> Range {
 
 /// The image's main function.
 pub fn main(boot: &'static BootInfo) -> ExitCode {
+    if cfg!(all(freestanding, target_feature = "sse")) {
+        give_up(format_args!("built with SSE, which would lose the guests' registers: build for x86_64-unknown-none"));
+    }
     let mut modules = ArrayVec::<Module<'static>, { rt::multiboot::MAX_MODULES }>::new();
     for m in &boot.modules {
         let range = Range { start: m.start, end: m.end };
