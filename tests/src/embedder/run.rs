@@ -44,6 +44,7 @@ impl World<'_> {
         if let Some(due) = vp.flush.enter(level) {
             flushed = true;
             if self.mistake != Some(Mistake::NoDrain) {
+                vp.touched = true;
                 hyperv::apply(&mut vp.nested, &mut vp.shadow, level, &due);
             }
         }
@@ -72,7 +73,7 @@ impl World<'_> {
         let cpu = &mut self.cpus[c];
         let vp = &mut self.partitions[p].vps[v];
         let at = vp.hw.at;
-        vp.store(&self.mem, level == Level::L2);
+        let tight = vp.store(&self.mem, level == Level::L2, &self.own);
         cpu.hw.regs = vp.hw.regs.0;
         if plan.exit_soon {
             cpu.hw.lines.nmi();
@@ -84,6 +85,9 @@ impl World<'_> {
         let step = cpu.hw.step(&self.mem, Op::Vmrun(vmcb));
         cpu.running = Some((p, v));
         vp.on = Some(c);
+        if !tight {
+            self.violated(|| "a permission map lets through what the embedder's does not".into());
+        }
         if let Step::Exit(_) = step {
             self.leave(c);
             return false;
@@ -114,11 +118,6 @@ impl World<'_> {
             let maps = [(control.msrpm_base, at.msrpm01, at.msrpm02), (control.iopm_base, at.iopm01, at.iopm02)];
             if maps.iter().any(|(is, one, two)| is != one && is != two) {
                 why = Some("a permission map of VMCB02 is nobody's".into());
-            }
-            let open = vp.hw.msrpm02.iter().zip(self.own.msr.iter()).any(|(two, own)| own & !two != 0)
-                || vp.hw.iopm02.iter().zip(self.own.io.iter()).any(|(two, own)| own & !two != 0);
-            if open {
-                why = Some("a permission map lets through what the embedder's does not".into());
             }
             let rooted = if shadow_root { pool.contains(&control.n_cr3) } else { control.n_cr3 == root };
             if !rooted || control.np_control & 1 == 0 || control.virt_ext & !virt_ext::LBR != 0 {
@@ -211,7 +210,10 @@ impl World<'_> {
                 partition.counts.entered += 1;
                 self.enter_l2(p, v, invalidate);
             }
-            L1Exit::InvalidateAsid { asid } => _ = vp.shadow.flush_asid(asid),
+            L1Exit::InvalidateAsid { asid } => {
+                vp.touched = true;
+                _ = vp.shadow.flush_asid(asid);
+            }
             L1Exit::NotMine => self.own_exit(c, p, v),
             L1Exit::Shutdown => self.reset(p, v, "VMCB12 lost at VMRUN"),
         }
@@ -220,6 +222,7 @@ impl World<'_> {
     /// L1 executed VMRUN: announces the nested context and activates its shadow.
     fn enter_l2(&mut self, p: usize, v: usize, invalidate: Invalidate) {
         let vp = &mut self.partitions[p].vps[v];
+        vp.touched = true;
         match invalidate {
             Invalidate::None => {}
             Invalidate::Asid(asid) => _ = vp.shadow.flush_asid(asid),
@@ -267,6 +270,7 @@ impl World<'_> {
         match outcome {
             L2Exit::Resume | L2Exit::ToL1 => {}
             L2Exit::NestedPageFault { gpa, error_code } => {
+                vp.touched = true;
                 match vp.shadow.fault(&partition.memory, &partition.memory, gpa, error_code) {
                     NptOutcome::Resume => {}
                     NptOutcome::Reflect { info1, info2 } => self.exit_to_l1(c, p, v, exit_code::NPF, info1, info2),
@@ -282,7 +286,10 @@ impl World<'_> {
                     self.exit_to_l1(c, p, v, exit_code::SHUTDOWN, 0, 0);
                 }
             }
-            L2Exit::InvalidateAsid { asid } => _ = vp.shadow.flush_asid(asid),
+            L2Exit::InvalidateAsid { asid } => {
+                vp.touched = true;
+                _ = vp.shadow.flush_asid(asid);
+            }
             L2Exit::Embedder => self.own_exit(c, p, v),
             L2Exit::DirectFlush { next_rip } => self.direct_flush(c, p, v, next_rip),
             L2Exit::Shutdown => self.reset(p, v, "VMCB12 lost at an exit"),
@@ -512,6 +519,7 @@ impl World<'_> {
                 return;
             }
         }
+        vp.touched = true;
         let _ = vp.shadow.flush_everything();
         vp.flush.forget_context();
         if vp.nested.level() == Level::L2 {

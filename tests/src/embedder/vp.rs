@@ -20,7 +20,7 @@ use crate::model::mem::PhysMem;
 /// Shadow roots per VP.
 pub const ROOTS: usize = 2;
 /// Pages of shadow tables per VP.
-pub const SHADOW_PAGES: usize = 10;
+pub const SHADOW_PAGES: usize = 8;
 
 /// What exits of L1.
 pub const INTERCEPTS: Intercepts = Intercepts {
@@ -124,8 +124,12 @@ pub struct Vp<'a> {
     pub op: Op,
     /// Why it has been reset since its L1 was booted.
     pub fell: Option<&'static str>,
+    /// The shadow may have changed since the last entry of L2.
+    pub touched: bool,
     pages: &'a [ShadowPage],
+    /// What is in the model's memory of the shadow, and of both maps.
     mirror: Vec<u64>,
+    maps: Vec<u64>,
 }
 
 /// Storage of a VP that others may look at, or that its tables live in.
@@ -201,7 +205,9 @@ impl<'a> Vp<'a> {
             op: Op::Nop,
             fell: None,
             pages,
+            touched: true,
             mirror: vec![0; SHADOW_PAGES * 512],
+            maps: vec![0; 1024 + 1536],
         };
         vp.init();
         vp
@@ -248,27 +254,44 @@ impl<'a> Vp<'a> {
         }
     }
 
-    /// Puts what the processor reads in its memory; with `l2` all of it.
-    pub fn store(&mut self, mem: &PhysMem, l2: bool) {
+    /// Puts what the processor reads in its memory; with `l2` all of it. False if a permission map of L2 lets through
+    /// what `own` does not.
+    pub fn store(&mut self, mem: &PhysMem, l2: bool, own: &OwnMaps) -> bool {
         put(mem, self.hw.at.vmcb01, &self.hw.vmcb01);
         if !l2 {
-            return;
+            return true;
         }
         put(mem, self.hw.at.vmcb02, &self.hw.vmcb02);
-        let words = self.hw.msrpm02.iter().chain(self.hw.iopm02.iter());
-        let at = (self.hw.at.msrpm02..).step_by(8);
-        for (at, word) in at.zip(words) {
-            if mem.read(at, 8) != *word {
-                mem.write(at, 8, *word);
+        let mut tight = true;
+        let (msr, io) = self.maps.split_at_mut(1024);
+        let maps = [
+            (self.hw.at.msrpm02, &self.hw.msrpm02[..], &own.msr[..], msr),
+            (self.hw.at.iopm02, &self.hw.iopm02[..], &own.io[..], io),
+        ];
+        for (at, words, own, known) in maps {
+            // Most of it never changes: compared in blocks.
+            let blocks = words.chunks(64).zip(own.chunks(64)).zip(known.chunks_mut(64));
+            for (at, ((words, own), known)) in (at..).step_by(512).zip(blocks) {
+                if words == &*known {
+                    continue;
+                }
+                known.copy_from_slice(words);
+                for ((at, word), own) in (at..).step_by(8).zip(words).zip(own) {
+                    mem.write(at, 8, *word);
+                    tight &= own & !word == 0;
+                }
             }
         }
-        let entries = self.pages.iter().flat_map(|page| (0..512).map(|slot| page.entry(slot)));
-        for ((n, entry), known) in (0..).zip(entries).zip(&mut self.mirror) {
-            if *known != entry {
-                *known = entry;
-                mem.write(self.hw.at.pool + n * 8, 8, entry);
+        if std::mem::take(&mut self.touched) {
+            let entries = self.pages.iter().flat_map(|page| (0..512).map(|slot| page.entry(slot)));
+            for ((n, entry), known) in (0..).zip(entries).zip(&mut self.mirror) {
+                if *known != entry {
+                    *known = entry;
+                    mem.write(self.hw.at.pool + n * 8, 8, entry);
+                }
             }
         }
+        tight
     }
 
     /// Takes the VMCBs back.
