@@ -56,7 +56,8 @@ pub fn stage(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
     }
     for target in &targets {
         let corpus = ctx.work_dir(&format!("fuzz/{target}"))?;
-        log.run(fuzzer(ctx, target, &corpus, &["-runs=20000".into(), "-seed=1".into()]))?;
+        let limits = ["-runs=20000", "-max_total_time=20", "-seed=1"].map(String::from);
+        log.run(fuzzer(ctx, target, &corpus, &limits))?;
     }
     Ok(Outcome::PassedWith(format!("{} targets", targets.len())))
 }
