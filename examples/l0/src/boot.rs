@@ -22,11 +22,12 @@ use crate::memory;
 use crate::memory::{FOUR_GIB, L1Memory, Range};
 use crate::mutant::Mutant;
 use crate::npt01::{self, Npt01, TablePage};
+use crate::pages::{Pages, PagesPa};
 use crate::permissions::{IOPM01, MSRPM01};
 use crate::relocate::{self, phys_of};
 use crate::say;
 use crate::shared::Shared;
-use crate::vp::{Pages, PagesPa, Vp};
+use crate::vp::Vp;
 
 /// Memory that one owner takes once.
 #[repr(C, align(4096))]
@@ -96,7 +97,7 @@ pub fn main(boot: &'static BootInfo) -> ExitCode {
     let shared = SHARED.call_once(|| shared(boot, hole, svm));
     if shared.audit {
         let cpus = boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1);
-        audit::start(cpus, crate::vp::SHADOW_PAGES);
+        audit::start(cpus, crate::pages::SHADOW_PAGES);
     }
     load_l1(&modules, shared, &map);
     let cpus = boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1);

@@ -16,7 +16,7 @@ use hvcore::hypercall::calls::{
     FlushVirtualAddressSpaceEx, GvaRanges, LongSpinWait, NotifyLongSpinWait, SendSyntheticClusterIpi,
     SendSyntheticClusterIpiEx,
 };
-use hvcore::hypercall::{Answer, CallerMode, Gpr, Outcome, Registers, Scratch, Width, Xmm, handle};
+use hvcore::hypercall::{Answer, CallerMode, Outcome, Scratch, Width, handle};
 use hvcore::memory::{CallerMemory, GuestMemory, L1Caller, L2Caller};
 use hvcore::partition::{
     Action, EmbedderRead, Interface, MsrRead, MsrWrite, NestedCapabilities, Overlay, PartitionConfig, Vendor,
@@ -24,7 +24,6 @@ use hvcore::partition::{
 };
 use hvcore::vp_index::{VpIndexMap, VpSlot};
 use hw::apic::reg;
-use hw::fpu;
 use nsvm::insn::Kind;
 use nsvm::vmcb::Vmcb;
 use nsvm::{Fault, L2Exit};
@@ -41,7 +40,7 @@ use crate::ipi::MAX_CPUS;
 use crate::memory::Overlays;
 use crate::mmio;
 use crate::mutant::Mutant;
-use crate::registers::Gprs;
+use crate::registers::{CallRegisters, Gprs};
 use crate::relocate::phys_of;
 use crate::shared::Shared;
 use crate::vp::Vp;
@@ -201,60 +200,6 @@ hvcore::offer_hypercalls!(impl['c] for Calls<'c> {
     SendSyntheticClusterIpiEx,
     NotifyLongSpinWait,
 });
-
-/// The caller's registers: RAX in its VMCB, XMM0 to XMM5 in the processor, the rest saved at the exit.
-struct CallRegisters<'r> {
-    vmcb: &'r mut Vmcb,
-    gprs: &'r mut Gprs,
-}
-
-impl Registers for CallRegisters<'_> {
-    #[inline]
-    fn gpr(&self, register: Gpr) -> u64 {
-        match register {
-            Gpr::Rax => self.vmcb.save.rax,
-            Gpr::Rbx => self.gprs.rbx,
-            Gpr::Rcx => self.gprs.rcx,
-            Gpr::Rdx => self.gprs.rdx,
-            Gpr::Rsi => self.gprs.rsi,
-            Gpr::Rdi => self.gprs.rdi,
-            Gpr::R8 => self.gprs.r8,
-        }
-    }
-
-    #[inline]
-    fn set_gpr(&mut self, register: Gpr, value: u64) {
-        match register {
-            Gpr::Rax => self.vmcb.save.rax = value,
-            Gpr::Rbx => self.gprs.rbx = value,
-            Gpr::Rcx => self.gprs.rcx = value,
-            Gpr::Rdx => self.gprs.rdx = value,
-            Gpr::Rsi => self.gprs.rsi = value,
-            Gpr::Rdi => self.gprs.rdi = value,
-            Gpr::R8 => self.gprs.r8 = value,
-        }
-    }
-
-    fn xmm(&self, register: Xmm) -> u128 {
-        fpu::xmm(xmm_number(register))
-    }
-
-    fn set_xmm(&mut self, register: Xmm, value: u128) {
-        // SAFETY: the registers are the guest's, whose call this is; L0 uses none.
-        unsafe { fpu::set_xmm(xmm_number(register), value) };
-    }
-}
-
-const fn xmm_number(register: Xmm) -> u8 {
-    match register {
-        Xmm::Xmm0 => 0,
-        Xmm::Xmm1 => 1,
-        Xmm::Xmm2 => 2,
-        Xmm::Xmm3 => 3,
-        Xmm::Xmm4 => 4,
-        Xmm::Xmm5 => 5,
-    }
-}
 
 /// The mode of the guest in `vmcb`.
 #[inline]

@@ -25,6 +25,7 @@ pub mod mmio;
 pub mod mutant;
 pub mod nested;
 pub mod npt01;
+pub mod pages;
 pub mod permissions;
 pub mod registers;
 pub mod relocate;
