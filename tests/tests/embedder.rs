@@ -1,8 +1,9 @@
 //! A second embedder on the model's processors: three L1 partitions with equal VM_IDs, more VPs than processors, another
 //! processor after every exit.
 
-use tests::embedder::actions::by_chance;
+use tests::embedder::actions::{self, by_chance};
 use tests::embedder::{Counts, Mistake, Shape, Storage, World};
+use tests::model::rng::Rng;
 use tests::model::svm::Features;
 
 /// Few ASIDs, so that they run out and come back.
@@ -73,4 +74,24 @@ fn each_mistake_is_found() {
         assert!(found.is_some(), "{mistake:?} was not found");
         println!("{mistake:?}: {}", found.unwrap_or_default());
     }
+}
+
+/// Random inputs of the fuzzer hold, and reach what they are to reach.
+#[test]
+fn a_hostile_l1_harms_no_one() {
+    let mut rng = Rng::new(3);
+    let mut sum = [Counts::default(); 2];
+    for n in 0..150 {
+        let bytes: Vec<u8> = (0..200).map(|_| (rng.bits() >> 40) as u8).collect();
+        let counts = actions::run(&bytes).unwrap_or_else(|why| panic!("input {n}: {why}"));
+        for (sum, c) in sum.iter_mut().zip(counts) {
+            sum.entered += c.entered;
+            sum.refused += c.refused;
+            sum.resets += c.resets;
+            sum.checked += c.checked;
+        }
+    }
+    println!("{sum:?}");
+    assert!(sum[0].entered > 300 && sum[0].refused > 30 && sum[0].resets > 10, "{:?}", sum[0]);
+    assert!(sum[1].checked > 300 && sum[1].refused + sum[1].resets == 0, "{:?}", sum[1]);
 }

@@ -2,7 +2,7 @@
 
 use super::guests::{Entry, vmcb12};
 use super::layout::{self, PAGES};
-use super::{Shape, Storage, World, is_host};
+use super::{Counts, Shape, Storage, World, is_host};
 use crate::harness::decode::Bytes;
 use crate::model::svm::Features;
 use crate::model::svm::Op;
@@ -182,8 +182,9 @@ fn mutate(world: &mut World<'_>, b: &mut Bytes<'_>, v: usize) {
     }
 }
 
-/// One input of the fuzzer: partition 0 is hostile, partition 1 orderly, on shared processors. `Err`: a rule was broken.
-pub fn run(bytes: &[u8]) -> Result<(), String> {
+/// One input of the fuzzer: partition 0 is hostile, partition 1 orderly, on shared processors. What was counted in them,
+/// or the rule that was broken.
+pub fn run(bytes: &[u8]) -> Result<Vec<Counts>, String> {
     let mut b = Bytes(bytes);
     let start = b.u8();
     let features = if start & 1 == 0 { Features::TCG } else { Features { asids: 6, ..Features::FULL } };
@@ -242,9 +243,10 @@ pub fn run(bytes: &[u8]) -> Result<(), String> {
         }
         if world.partitions[0].vps[v].fell.is_some() {
             world.partitions[0].tables.unknown = true;
-            world.partitions[0].vps[v].fell = None;
+            world.off(0, v);
+            world.boot(0, v);
         }
         world.verdict()?;
     }
-    Ok(())
+    Ok(world.partitions.iter().map(|p| p.counts).collect())
 }

@@ -223,10 +223,11 @@ impl World<'_> {
     /// L1 starts on a VP: SVM on, Hyper-V known, assist page in place.
     pub fn boot(&mut self, p: usize, v: usize) {
         let assist = layout::ASSIST + v as u64 * 4096;
+        self.partitions[p].vps[v].fell = None;
         for (number, value) in [(0xC000_0080, 0x1D01), (msr::GUEST_OS_ID, 1), (msr::VP_ASSIST_PAGE, assist | 1)] {
             let ended = self.exec(p, v, Op::Wrmsr(number, value));
             if !matches!(ended, Ended::Done(_)) {
-                self.violated(|| format!("booting: WRMSR {number:#x} ended in {ended:?}"));
+                self.failed(p, || format!("booting: WRMSR {number:#x} ended in {ended:?}"));
             }
         }
         self.partitions[p].vps[v].fell = None;
