@@ -137,7 +137,7 @@ const FLUSH: &[Module] = &[Module { content: Content::Image("l1"), args: "scenar
 const RUNTIME_AS_L1: &[Module] = &[Module { content: Content::Image("selftest"), args: "test=boot" }];
 
 /// Debian's Linux as L1, up to a shell at the serial port, where somebody types how to end it.
-const LINUX: Scenario = Scenario { image: "l0", memory: 512, timeout: 240, ..BASE };
+const LINUX: Scenario = Scenario { image: "l0", args: "audit", memory: 512, timeout: 240, ..BASE };
 
 const LINUX_SHELL: &[Module] = &[
     Module { content: Content::LinuxKernel, args: "console=ttyS0 panic=-1 l1=shell" },
@@ -250,9 +250,9 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "linux-shell", modules: LINUX_SHELL, cpus: 2, typed: Some(POWER_OFF), expect: SHELL_ENDS, ..LINUX },
     Scenario { name: "linux-kvm", modules: LINUX_KVM, cpus: 2, expect: DIRECT_FLUSHES, ..LINUX },
     Scenario { name: "linux-kvm-4-processors", modules: LINUX_KVM, cpus: 4, expect: DIRECT_FLUSHES, ..LINUX },
-    Scenario { name: "linux-kvm-plain", args: "enlighten=off", modules: LINUX_KVM, cpus: 2, expect: PLAIN_FLUSHES, ..LINUX },
+    Scenario { name: "linux-kvm-plain", args: "audit enlighten=off", modules: LINUX_KVM, cpus: 2, expect: PLAIN_FLUSHES, ..LINUX },
     Scenario { name: "linux-kvm-linux", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_FLUSHES, slow: true, timeout: 600, ..LINUX },
-    Scenario { name: "linux-kvm-linux-plain", args: "enlighten=off", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_PLAIN, slow: true, timeout: 600, ..LINUX },
+    Scenario { name: "linux-kvm-linux-plain", args: "audit enlighten=off", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_PLAIN, slow: true, timeout: 600, ..LINUX },
     // Faults that L0 commits on purpose: the controls of the TLB auditor.
     Scenario { name: "audit-no-tlb-control", image: "l0", args: "audit mutant=no-tlb-control", modules: ASID_REUSE, expect: Expect::GaveUp("audit:"), ..BASE },
     Scenario { name: "audit-one-asid", image: "l0", args: "audit mutant=one-asid", modules: ASID_REUSE, expect: Expect::GaveUp("without a flush"), ..BASE },
