@@ -30,6 +30,81 @@ pub struct Gprs {
     pub r15: u64,
 }
 
+/// The body of a world switch: callee-saved registers, then RCX, RDX and RDI (from the top: `[rsp + 16]`, `[rsp + 8]`,
+/// `[rsp]`) on the stack; what comes `before`; the guest's registers and VMRUN; the guest's registers stored; what comes
+/// `after`, when only RAX may be used.
+macro_rules! world_switch {
+    (before: [$($before:literal),*], after: [$($after:literal),*]) => {
+        naked_asm!(
+            "push rbp",
+            "push rbx",
+            "push r12",
+            "push r13",
+            "push r14",
+            "push r15",
+            "push rcx",
+            "push rdx",
+            "push rdi",
+            $($before,)*
+            "mov rax, rsi",
+            "mov rcx, [rdi + {rcx}]",
+            "mov rdx, [rdi + {rdx}]",
+            "mov rbx, [rdi + {rbx}]",
+            "mov rbp, [rdi + {rbp}]",
+            "mov rsi, [rdi + {rsi}]",
+            "mov r8, [rdi + {r8}]",
+            "mov r9, [rdi + {r9}]",
+            "mov r10, [rdi + {r10}]",
+            "mov r11, [rdi + {r11}]",
+            "mov r12, [rdi + {r12}]",
+            "mov r13, [rdi + {r13}]",
+            "mov r14, [rdi + {r14}]",
+            "mov r15, [rdi + {r15}]",
+            "mov rdi, [rdi + {rdi}]",
+            "vmrun rax",
+            // RAX and RSP are the host's again; all else is the guest's.
+            "mov rax, [rsp]",
+            "mov [rax + {rcx}], rcx",
+            "mov [rax + {rdx}], rdx",
+            "mov [rax + {rbx}], rbx",
+            "mov [rax + {rbp}], rbp",
+            "mov [rax + {rsi}], rsi",
+            "mov [rax + {rdi}], rdi",
+            "mov [rax + {r8}], r8",
+            "mov [rax + {r9}], r9",
+            "mov [rax + {r10}], r10",
+            "mov [rax + {r11}], r11",
+            "mov [rax + {r12}], r12",
+            "mov [rax + {r13}], r13",
+            "mov [rax + {r14}], r14",
+            "mov [rax + {r15}], r15",
+            $($after,)*
+            "add rsp, 24",
+            "pop r15",
+            "pop r14",
+            "pop r13",
+            "pop r12",
+            "pop rbx",
+            "pop rbp",
+            "ret",
+            rcx = const offset_of!(Gprs, rcx),
+            rdx = const offset_of!(Gprs, rdx),
+            rbx = const offset_of!(Gprs, rbx),
+            rbp = const offset_of!(Gprs, rbp),
+            rsi = const offset_of!(Gprs, rsi),
+            rdi = const offset_of!(Gprs, rdi),
+            r8 = const offset_of!(Gprs, r8),
+            r9 = const offset_of!(Gprs, r9),
+            r10 = const offset_of!(Gprs, r10),
+            r11 = const offset_of!(Gprs, r11),
+            r12 = const offset_of!(Gprs, r12),
+            r13 = const offset_of!(Gprs, r13),
+            r14 = const offset_of!(Gprs, r14),
+            r15 = const offset_of!(Gprs, r15),
+        )
+    };
+}
+
 /// Runs the guest of the VMCB at `vmcb` until its #VMEXIT.
 ///
 /// Around it the state that VMRUN leaves alone is switched: `guest_state` and `host_state` are physical addresses of
@@ -42,77 +117,19 @@ pub struct Gprs {
 /// before and after: the program does not use them.
 #[unsafe(naked)]
 pub unsafe extern "C" fn run(gprs: *mut Gprs, vmcb: u64, guest_state: u64, host_state: u64) {
-    naked_asm!(
-        "push rbp",
-        "push rbx",
-        "push r12",
-        "push r13",
-        "push r14",
-        "push r15",
-        "push rcx",
-        "push rdx",
-        "push rdi",
-        "mov rax, rdx",
-        "vmload rax",
-        "mov rax, rsi",
-        "mov rcx, [rdi + {rcx}]",
-        "mov rdx, [rdi + {rdx}]",
-        "mov rbx, [rdi + {rbx}]",
-        "mov rbp, [rdi + {rbp}]",
-        "mov rsi, [rdi + {rsi}]",
-        "mov r8, [rdi + {r8}]",
-        "mov r9, [rdi + {r9}]",
-        "mov r10, [rdi + {r10}]",
-        "mov r11, [rdi + {r11}]",
-        "mov r12, [rdi + {r12}]",
-        "mov r13, [rdi + {r13}]",
-        "mov r14, [rdi + {r14}]",
-        "mov r15, [rdi + {r15}]",
-        "mov rdi, [rdi + {rdi}]",
-        "vmrun rax",
-        // RAX and RSP are the host's again; all else is the guest's.
-        "mov rax, [rsp]",
-        "mov [rax + {rcx}], rcx",
-        "mov [rax + {rdx}], rdx",
-        "mov [rax + {rbx}], rbx",
-        "mov [rax + {rbp}], rbp",
-        "mov [rax + {rsi}], rsi",
-        "mov [rax + {rdi}], rdi",
-        "mov [rax + {r8}], r8",
-        "mov [rax + {r9}], r9",
-        "mov [rax + {r10}], r10",
-        "mov [rax + {r11}], r11",
-        "mov [rax + {r12}], r12",
-        "mov [rax + {r13}], r13",
-        "mov [rax + {r14}], r14",
-        "mov [rax + {r15}], r15",
-        "mov rax, [rsp + 8]",
-        "vmsave rax",
-        "mov rax, [rsp + 16]",
-        "vmload rax",
-        "add rsp, 24",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
-        "pop rbx",
-        "pop rbp",
-        "ret",
-        rcx = const offset_of!(Gprs, rcx),
-        rdx = const offset_of!(Gprs, rdx),
-        rbx = const offset_of!(Gprs, rbx),
-        rbp = const offset_of!(Gprs, rbp),
-        rsi = const offset_of!(Gprs, rsi),
-        rdi = const offset_of!(Gprs, rdi),
-        r8 = const offset_of!(Gprs, r8),
-        r9 = const offset_of!(Gprs, r9),
-        r10 = const offset_of!(Gprs, r10),
-        r11 = const offset_of!(Gprs, r11),
-        r12 = const offset_of!(Gprs, r12),
-        r13 = const offset_of!(Gprs, r13),
-        r14 = const offset_of!(Gprs, r14),
-        r15 = const offset_of!(Gprs, r15),
+    world_switch!(
+        before: ["mov rax, rdx", "vmload rax"],
+        after: ["mov rax, [rsp + 8]", "vmsave rax", "mov rax, [rsp + 16]", "vmload rax"]
     )
+}
+
+/// As [`run`], for a guest that shares the state of VMLOAD and VMSAVE with the program.
+///
+/// # Safety
+/// As [`run`]; and the guest leaves that state as it is.
+#[unsafe(naked)]
+pub unsafe extern "C" fn run_sharing_state(gprs: *mut Gprs, vmcb: u64) {
+    world_switch!(before: [], after: [])
 }
 
 /// What the processor offers of SVM: CPUID leaf 0x8000_000A, or `None` without SVM (0x8000_0001 ECX bit 2).

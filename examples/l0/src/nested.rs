@@ -15,40 +15,6 @@ use crate::mmio;
 use crate::npt01::Kind;
 use crate::vp::Vp;
 
-/// The registers of a guest as the library asks for them.
-#[derive(Clone, Copy, Debug, Default)]
-#[repr(transparent)]
-pub struct Gprs(pub hw::svm::Gprs);
-
-impl core::ops::Deref for Gprs {
-    type Target = hw::svm::Gprs;
-
-    fn deref(&self) -> &hw::svm::Gprs {
-        &self.0
-    }
-}
-
-impl core::ops::DerefMut for Gprs {
-    fn deref_mut(&mut self) -> &mut hw::svm::Gprs {
-        &mut self.0
-    }
-}
-
-impl nsvm::Gprs for Gprs {
-    #[inline]
-    fn rcx(&self) -> u64 {
-        self.0.rcx
-    }
-    #[inline]
-    fn rdx(&self) -> u64 {
-        self.0.rdx
-    }
-    #[inline]
-    fn set_rdx(&mut self, value: u64) {
-        self.0.rdx = value;
-    }
-}
-
 /// L1 executed VMRUN: puts the shadow tables in VMCB02.
 pub fn enter_l2(vp: &mut Vp, invalidate: Invalidate) {
     match invalidate {

@@ -4,8 +4,6 @@
 //! ring 0 with this image's page tables unless a scenario says otherwise, so a guest program is a function here.
 
 use crate::vmcb::{Segment, Vmcb, exit, misc1, misc2};
-use core::arch::naked_asm;
-use core::mem::offset_of;
 use hw::svm::Gprs;
 use hw::{cpu, msr};
 
@@ -87,7 +85,7 @@ impl Guest {
         let vmcb = (&raw mut self.vmcb) as u64;
         self.vmcb.set_rax(self.gprs.rax);
         // SAFETY: GIF is clear; the guest's code is this image's own, or sees only what its nested page table maps.
-        unsafe { switch(&mut self.gprs, vmcb) };
+        unsafe { hw::svm::run_sharing_state(&mut self.gprs, vmcb) };
         self.gprs.rax = self.vmcb.rax();
         Exit { code: self.vmcb.exit_code(), info1: self.vmcb.exit_info1(), info2: self.vmcb.exit_info2() }
     }
@@ -128,74 +126,3 @@ const GPRS_ZERO: Gprs = Gprs {
     r14: 0,
     r15: 0,
 };
-
-/// VMRUN without VMLOAD and VMSAVE around it: the guests here leave FS, GS, TR, LDTR and the system-call MSRs alone.
-///
-/// # Safety
-/// GIF is clear, EFER.SVME is set, `vmcb` is the physical address of a VMCB that is this processor's.
-#[unsafe(naked)]
-unsafe extern "C" fn switch(gprs: *mut Gprs, vmcb: u64) {
-    naked_asm!(
-        "push rbp",
-        "push rbx",
-        "push r12",
-        "push r13",
-        "push r14",
-        "push r15",
-        "push rdi",
-        "mov rax, rsi",
-        "mov rcx, [rdi + {rcx}]",
-        "mov rdx, [rdi + {rdx}]",
-        "mov rbx, [rdi + {rbx}]",
-        "mov rbp, [rdi + {rbp}]",
-        "mov rsi, [rdi + {rsi}]",
-        "mov r8, [rdi + {r8}]",
-        "mov r9, [rdi + {r9}]",
-        "mov r10, [rdi + {r10}]",
-        "mov r11, [rdi + {r11}]",
-        "mov r12, [rdi + {r12}]",
-        "mov r13, [rdi + {r13}]",
-        "mov r14, [rdi + {r14}]",
-        "mov r15, [rdi + {r15}]",
-        "mov rdi, [rdi + {rdi}]",
-        "vmrun rax",
-        "mov rax, [rsp]",
-        "mov [rax + {rcx}], rcx",
-        "mov [rax + {rdx}], rdx",
-        "mov [rax + {rbx}], rbx",
-        "mov [rax + {rbp}], rbp",
-        "mov [rax + {rsi}], rsi",
-        "mov [rax + {rdi}], rdi",
-        "mov [rax + {r8}], r8",
-        "mov [rax + {r9}], r9",
-        "mov [rax + {r10}], r10",
-        "mov [rax + {r11}], r11",
-        "mov [rax + {r12}], r12",
-        "mov [rax + {r13}], r13",
-        "mov [rax + {r14}], r14",
-        "mov [rax + {r15}], r15",
-        "pop rdi",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
-        "pop rbx",
-        "pop rbp",
-        "cld",
-        "ret",
-        rcx = const offset_of!(Gprs, rcx),
-        rdx = const offset_of!(Gprs, rdx),
-        rbx = const offset_of!(Gprs, rbx),
-        rbp = const offset_of!(Gprs, rbp),
-        rsi = const offset_of!(Gprs, rsi),
-        rdi = const offset_of!(Gprs, rdi),
-        r8 = const offset_of!(Gprs, r8),
-        r9 = const offset_of!(Gprs, r9),
-        r10 = const offset_of!(Gprs, r10),
-        r11 = const offset_of!(Gprs, r11),
-        r12 = const offset_of!(Gprs, r12),
-        r13 = const offset_of!(Gprs, r13),
-        r14 = const offset_of!(Gprs, r14),
-        r15 = const offset_of!(Gprs, r15),
-    )
-}
