@@ -4,12 +4,12 @@
 use super::index::{TargetIndex, VmIndex};
 use super::mutant::{self, Mutant};
 use super::post::{
-    Fill, Kind, L1Gva, L2Gva, L2SecondStage, Many, Nothing, One, Prepared, judge, post, post_behind, post_quick,
-    simply_runs,
+    Fill, Kind, L1Gva, L2Gva, L2SecondStage, Many, Nothing, One, Prepared, Quick, Tally, inhibits, mark, post_behind,
+    post_quick, simply_runs,
 };
 use super::queue::GvaQueue;
 use super::range::{Packed, SecondStageItem, pack};
-use super::shootdown::{Bits, Posted, Shootdown, Tally};
+use super::shootdown::{Bits, Posted, Shootdown};
 use super::sync::{AtomicU64, Ordering, fence};
 use super::vp::{LocalFlush, VpFlush};
 use super::word::{self, Marks};
@@ -94,7 +94,7 @@ impl<'a, const DEPTH: usize> FlushDomain<'a, DEPTH> {
     ) -> Posted {
         scratch.begin(word::MODE_L1, word::IPI_L1);
         Self::fence();
-        self.prepared::<L1Gva>(scope, L1Targets { map, set }, scratch)
+        self.prepared::<L1Gva>(scope, L1Targets { map, set: &set }, scratch)
     }
 
     /// Flushes L2's translations on the VPs of the partition that may hold some of a context with this VM_ID and a
@@ -102,7 +102,7 @@ impl<'a, const DEPTH: usize> FlushDomain<'a, DEPTH> {
     pub fn flush_l2(&self, vm_id: u64, set: VpSet<'_>, scope: GvaScope<'_>, scratch: &mut Shootdown) -> Posted {
         scratch.begin(word::MODE_L2, word::IPI_L2);
         Self::fence();
-        self.prepared::<L2Gva>(scope, L2Targets { index: &self.index, vm_id, set }, scratch)
+        self.prepared::<L2Gva>(scope, L2Targets { index: &self.index, vm_id, set: &set }, scratch)
     }
 
     /// Flushes second-stage translations on all VPs that have ever run an L2.
@@ -196,9 +196,10 @@ impl<F, const DEPTH: usize> Job<'_, F, DEPTH> {
             return;
         }
         match post_quick::<DEPTH, K, F>(vp, &self.fill, self.marks) {
-            Some(old) if simply_runs::<DEPTH, K>(old) => self.scratch.add_kick(slot),
-            Some(old) => self.judged::<K>(slot, vp, old),
-            None => self.behind::<K>(slot, vp),
+            Quick::Done(old) if simply_runs::<DEPTH, K>(old) => self.scratch.add_kick(slot),
+            Quick::Done(old) => self.judged::<K>(slot, vp, old),
+            Quick::SlotTaken => self.behind::<K>(slot, vp),
+            Quick::WordChanged => self.again::<K>(slot, vp),
         }
     }
 
@@ -212,9 +213,20 @@ impl<F, const DEPTH: usize> Job<'_, F, DEPTH> {
         self.judged::<K>(slot, vp, old);
     }
 
+    #[cold]
+    #[inline(never)]
+    fn again<K: Kind<DEPTH>>(&mut self, slot: usize, vp: &VpFlush<DEPTH>) {
+        let old = mark(vp, self.marks);
+        self.judged::<K>(slot, vp, old);
+    }
+
+    /// The target is not simply running and unmarked.
     #[inline(never)]
     fn judged<K: Kind<DEPTH>>(&mut self, slot: usize, vp: &VpFlush<DEPTH>, old: u64) {
-        self.scratch.add_one(slot, judge(vp, old, K::MODE, K::IPI));
+        let mut tally = Tally::default();
+        tally.count::<DEPTH, K>(slot as u32 & 63, Quick::Done(old));
+        self.scratch.add(slot >> 6, tally.kicks(1 << (slot & 63)), tally.wait);
+        self.scratch.suspend_if(tally.inhibited != 0 && inhibits(vp));
     }
 
     /// Posts to the slots of word `at` of a bitmap that `wanted` says.
@@ -225,6 +237,15 @@ impl<F, const DEPTH: usize> Job<'_, F, DEPTH> {
     {
         let chunk = self.vps.get(at.wrapping_mul(64)..).unwrap_or_default();
         let mut tally = Tally::default();
+        let (fill, marks) = (&self.fill, self.marks);
+        let mut post = |bit: u32, vp: &VpFlush<DEPTH>| {
+            if wanted(vp) {
+                tally.count::<DEPTH, K>(bit, post_quick::<DEPTH, K, F>(vp, fill, marks));
+            } else {
+                tally.spare(bit);
+            }
+        };
+        let mut targets = word;
         // A whole chunk needs no check of bounds for each target.
         if let Some(chunk) = chunk.first_chunk::<64>() {
             let mut rest = word;
@@ -232,19 +253,39 @@ impl<F, const DEPTH: usize> Job<'_, F, DEPTH> {
                 let bit = bits.trailing_zeros();
                 rest &= rest.wrapping_sub(1);
                 let Some(vp) = chunk.get(bit as usize) else { break };
-                if wanted(vp) {
-                    tally.count(bit as u16, post::<DEPTH, K, F>(vp, &self.fill, self.marks));
-                }
+                post(bit, vp);
             }
         } else {
-            for bit in Bits(word) {
+            // Fewer than 64, so the shift is no problem.
+            targets &= 1u64.wrapping_shl(chunk.len() as u32).wrapping_sub(1);
+            for bit in Bits(targets) {
                 let Some(vp) = chunk.get(usize::from(bit)) else { break };
-                if wanted(vp) {
-                    tally.count(bit, post::<DEPTH, K, F>(vp, &self.fill, self.marks));
-                }
+                post(u32::from(bit), vp);
             }
         }
-        self.scratch.add(at, tally);
+        self.scratch.add(at, tally.kicks(targets), tally.wait);
+        if tally.unfinished | tally.inhibited != 0 {
+            self.leftovers::<K>(at, tally);
+        }
+    }
+
+    /// What the loop over a word does not do itself, so that it keeps its registers.
+    #[cold]
+    #[inline(never)]
+    fn leftovers<K: Kind<DEPTH>>(&mut self, at: usize, tally: Tally)
+    where
+        F: Fill<K::Queue>,
+    {
+        let first = at.wrapping_mul(64);
+        for bit in Bits(tally.unfinished) {
+            // If the entry is in already, it is now in twice: harmless.
+            self.one::<K>(first.wrapping_add(usize::from(bit)), |_| true);
+        }
+        for bit in Bits(tally.inhibited) {
+            if let Some(vp) = self.vps.get(first.wrapping_add(usize::from(bit))) {
+                self.scratch.suspend_if(inhibits(vp));
+            }
+        }
     }
 
     /// Posts to the slots of a bitmap that `wanted` says.
@@ -294,13 +335,13 @@ trait Targets<const DEPTH: usize> {
 /// VPs by VP index. One that is not online yet has no translations.
 struct L1Targets<'t> {
     map: &'t VpIndexMap<'t>,
-    set: VpSet<'t>,
+    set: &'t VpSet<'t>,
 }
 
 impl<const DEPTH: usize> Targets<DEPTH> for L1Targets<'_> {
     #[inline]
     fn each<K: Kind<DEPTH>, F: Fill<K::Queue>>(&self, mut job: Job<'_, F, DEPTH>) {
-        for (bank, known) in self.map.banks(&self.set) {
+        for (bank, known) in self.map.banks(self.set) {
             if let Some(slots) = self.map.slot_word(known) {
                 job.word::<K>(bank as usize, slots, |_| true);
                 continue;
@@ -319,7 +360,7 @@ impl<const DEPTH: usize> Targets<DEPTH> for L1Targets<'_> {
 struct L2Targets<'t> {
     index: &'t TargetIndex<'t>,
     vm_id: u64,
-    set: VpSet<'t>,
+    set: &'t VpSet<'t>,
 }
 
 impl L2Targets<'_> {
@@ -361,7 +402,7 @@ impl<const DEPTH: usize> Targets<DEPTH> for L2Targets<'_> {
     #[inline]
     fn each<K: Kind<DEPTH>, F: Fill<K::Queue>>(&self, mut job: Job<'_, F, DEPTH>) {
         let vm = self.index.vm(self.vm_id);
-        match self.set {
+        match *self.set {
             VpSet::All => job.bitmap::<K>(vm.slots(), |vp| vp.identity.is_of_vm(self.vm_id)),
             VpSet::Sparse(set) if names_more_than(set, vm.count()) => {
                 self.scan::<DEPTH, K, F>(vm.slots(), set, &mut job);

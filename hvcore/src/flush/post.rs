@@ -152,40 +152,46 @@ impl<const DEPTH: usize> Prepared<DEPTH> {
     }
 }
 
-/// What a posted request asks for, for one target.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Wanted {
-    /// Nothing: the target does not run the guest, and flushes before it does.
-    Nothing,
-    /// A kick, and to wait for it.
-    Kick,
-    /// To wait: somebody else kicks.
-    Wait,
-    /// The caller is to be suspended; the rest is as with `Nothing`, `Kick` or `Wait`.
-    Suspend,
-    /// As `Suspend`, and a kick.
-    SuspendAndKick,
+/// How far [`post_quick`] got.
+pub(super) enum Quick {
+    /// All was done; the VP's word as it was before.
+    Done(u64),
+    /// The first slot was taken: [`post_behind`] is to be called.
+    SlotTaken,
+    /// The entry is in, the word changed just then: [`mark`] is to be called.
+    WordChanged,
 }
 
-/// Posts a request to `vp`, the quick way: the VP's word as it was before, or `None` when the first slot was taken and
-/// [`post_behind`] is to be called. `marks` are the request's marks and its kind's IPI-pending.
+/// Posts a request to `vp`, the quick way. `marks` are the request's marks and its kind's IPI-pending.
 #[inline(always)]
-pub(super) fn post_quick<const DEPTH: usize, K, F>(vp: &VpFlush<DEPTH>, fill: &F, marks: u64) -> Option<u64>
+pub(super) fn post_quick<const DEPTH: usize, K, F>(vp: &VpFlush<DEPTH>, fill: &F, marks: u64) -> Quick
 where
     K: Kind<DEPTH>,
     F: Fill<K::Queue>,
 {
     if mutant::active(Mutant::KickBeforePublish) || mutant::active(Mutant::RelaxedMark) {
-        return Some(post_mutated::<DEPTH, K, F>(vp, fill, marks));
+        return Quick::Done(post_mutated::<DEPTH, K, F>(vp, fill, marks));
     }
     if !fill.fill(K::queue(vp)) {
-        return None;
+        return Quick::SlotTaken;
     }
+    // As in `mark`. Relaxed: the load is a guess that the exchange confirms.
+    let old = vp.word.load(Ordering::Relaxed);
+    match vp.word.compare_exchange(old, old | marks, Ordering::AcqRel, Ordering::Relaxed) {
+        Ok(old) => Quick::Done(old),
+        Err(_) => Quick::WordChanged,
+    }
+}
+
+/// Sets the marks; the word as it was before.
+#[cold]
+#[inline(never)]
+pub(super) fn mark<const DEPTH: usize>(vp: &VpFlush<DEPTH>, marks: u64) -> u64 {
     // The one change that counts. Release: the queue entry, and the guest's page-table writes, are before the mark.
     // Acquire: when the target has left the guest (or is about to enter it anew), what its guest did is before what
     // the caller does next. IPI-pending is set whatever the target does; outside the guest, and in the other one, it
     // means nothing, and the target takes it off when it comes or goes.
-    Some(vp.word.fetch_or(marks, Ordering::AcqRel))
+    vp.word.fetch_or(marks, Ordering::AcqRel)
 }
 
 /// As [`post_quick`], when the first slot was taken.
@@ -197,8 +203,7 @@ where
     F: Fill<K::Queue>,
 {
     let marks = if fill.fill_behind(K::queue(vp)) { marks } else { K::MARKS.everything | K::IPI };
-    // As in `post_quick`.
-    vp.word.fetch_or(marks, Ordering::AcqRel)
+    mark(vp, marks)
 }
 
 /// True when the target runs the guest and nobody else has marked it: it is to be kicked.
@@ -207,39 +212,64 @@ pub(super) fn simply_runs<const DEPTH: usize, K: Kind<DEPTH>>(old: u64) -> bool 
     old & (word::MODE | word::INHIBIT | K::IPI) == K::MODE
 }
 
-/// Posts a request to `vp`.
-#[inline(always)]
-pub(super) fn post<const DEPTH: usize, K, F>(vp: &VpFlush<DEPTH>, fill: &F, marks: u64) -> Wanted
-where
-    K: Kind<DEPTH>,
-    F: Fill<K::Queue>,
-{
-    let old = match post_quick::<DEPTH, K, F>(vp, fill, marks) {
-        Some(old) => old,
-        None => post_behind::<DEPTH, K, F>(vp, fill, marks),
-    };
-    if simply_runs::<DEPTH, K>(old) { Wanted::Kick } else { judge(vp, old, K::MODE, K::IPI) }
+/// The outcome for the targets of one bitmap word. What usually happens, a kick, is not counted at all.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Tally {
+    /// Not to kick.
+    pub(super) spared: u64,
+    /// To wait for; somebody else kicks.
+    pub(super) wait: u64,
+    /// Ask whether it still [`inhibits`].
+    pub(super) inhibited: u64,
+    /// The quick way did not work.
+    pub(super) unfinished: u64,
 }
 
-/// What to do about a target that is not simply running and unmarked (see [`simply_runs`]).
-#[inline(never)]
-pub(super) fn judge<const DEPTH: usize>(vp: &VpFlush<DEPTH>, old: u64, mode: u64, ipi: u64) -> Wanted {
-    let runs = old & word::MODE == mode;
-    // With IPI-pending, somebody marked it before and kicks it, or it is about to look at its marks before it runs.
-    let kick = runs && old & ipi == 0;
-    if old & word::INHIBIT != 0 {
-        // Asked again together with the mark for the waiter: either the end of the inhibition sees the waiter, or it
-        // came first. Then the uses of the translations are over (Acquire).
-        let now = vp.word.fetch_or(word::WAITERS, Ordering::AcqRel);
-        if now & word::INHIBIT != 0 {
-            return if kick { Wanted::SuspendAndKick } else { Wanted::Suspend };
+impl Tally {
+    /// Counts the target at `bit`, below 64.
+    #[inline(always)]
+    pub(super) fn count<const DEPTH: usize, K: Kind<DEPTH>>(&mut self, bit: u32, quick: Quick) {
+        let Quick::Done(old) = quick else {
+            seldom();
+            self.unfinished |= 1 << (bit & 63);
+            return;
+        };
+        if simply_runs::<DEPTH, K>(old) {
+            return;
         }
+        seldom();
+        // With IPI-pending, somebody marked it before and kicks it, or it is about to look at its marks before it runs.
+        // (Sums of bits, no choice of a field: the fields stay in registers.)
+        let runs = u64::from(old & word::MODE == K::MODE);
+        let marked = u64::from(old & K::IPI != 0);
+        self.spared |= (1 & !(runs & !marked)) << (bit & 63);
+        self.wait |= (runs & marked) << (bit & 63);
+        self.inhibited |= u64::from(old & word::INHIBIT != 0) << (bit & 63);
     }
-    match (runs, kick) {
-        (_, true) => Wanted::Kick,
-        (true, false) => Wanted::Wait,
-        (false, false) => Wanted::Nothing,
+
+    /// The target at `bit` is none.
+    #[inline(always)]
+    pub(super) fn spare(&mut self, bit: u32) {
+        self.spared |= 1 << (bit & 63);
     }
+
+    /// Those of `targets` that are to be kicked.
+    #[inline]
+    pub(super) fn kicks(&self, targets: u64) -> u64 {
+        targets & !(self.spared | self.unfinished)
+    }
+}
+
+/// Tells the compiler that the branch that calls this is taken seldom.
+#[cold]
+#[inline]
+const fn seldom() {}
+
+/// True when the target still inhibits flushes; it will then say that somebody waits.
+pub(super) fn inhibits<const DEPTH: usize>(vp: &VpFlush<DEPTH>) -> bool {
+    // The bit is asked for together with the mark for the waiter: either the end of the inhibition sees the waiter, or
+    // it came first. Then the uses of the translations are over (Acquire).
+    vp.word.fetch_or(word::WAITERS, Ordering::AcqRel) & word::INHIBIT != 0
 }
 
 /// The defective orders, for the tests.

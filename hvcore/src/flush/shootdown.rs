@@ -1,6 +1,5 @@
 //! One request under way: whom to kick, for whom to wait. Held by the initiator; used by `domain.rs`.
 
-use super::post::Wanted;
 use super::sync::Ordering;
 use super::vp::VpFlush;
 use super::word;
@@ -44,39 +43,6 @@ impl Default for Shootdown {
     }
 }
 
-/// Outcome for targets of one bitmap word.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Tally {
-    kick: u64,
-    wait: u64,
-    suspended: bool,
-}
-
-impl Tally {
-    /// Counts the target at `bit`.
-    #[inline(always)]
-    pub(super) fn count(&mut self, bit: u16, wanted: Wanted) {
-        if wanted == Wanted::Kick {
-            self.kick |= 1 << (bit & 63);
-        } else {
-            self.count_other(bit, wanted);
-        }
-    }
-
-    fn count_other(&mut self, bit: u16, wanted: Wanted) {
-        match wanted {
-            Wanted::Nothing => (),
-            Wanted::Kick => self.kick |= 1 << (bit & 63),
-            Wanted::Wait => self.wait |= 1 << (bit & 63),
-            Wanted::Suspend => self.suspended = true,
-            Wanted::SuspendAndKick => {
-                self.suspended = true;
-                self.kick |= 1 << (bit & 63);
-            }
-        }
-    }
-}
-
 impl Shootdown {
     /// Scratch with no request.
     pub const fn new() -> Self {
@@ -98,21 +64,27 @@ impl Shootdown {
         (self.mode, self.ipi) = (mode, ipi);
     }
 
-    /// Adds the outcome for slots `64 * at` to `64 * at + 63`.
+    /// Adds slots `64 * at` to `64 * at + 63`: bitmaps of those to kick and of those to wait for besides.
     #[inline]
-    pub(super) fn add(&mut self, at: usize, tally: Tally) {
-        self.suspended |= tally.suspended;
-        if tally.kick | tally.wait == 0 {
+    pub(super) fn add(&mut self, at: usize, more_kicks: u64, more_waits: u64) {
+        if more_kicks | more_waits == 0 {
             return;
         }
         let (Some(kick), Some(wait)) = (self.kick.get_mut(at), self.wait.get_mut(at)) else { return };
-        let bit = 1u64 << (at & 63);
-        if self.used & bit == 0 {
-            self.used |= bit;
-            (*kick, *wait) = (0, 0);
+        let word = 1u64 << (at & 63);
+        if self.used & word != 0 {
+            *kick |= more_kicks;
+            *wait |= more_waits;
+        } else {
+            self.used |= word;
+            (*kick, *wait) = (more_kicks, more_waits);
         }
-        *kick |= tally.kick;
-        *wait |= tally.wait;
+    }
+
+    /// Suspends the caller if `inhibited`.
+    #[inline]
+    pub(super) fn suspend_if(&mut self, inhibited: bool) {
+        self.suspended |= inhibited;
     }
 
     /// Adds a slot to kick.
@@ -127,13 +99,6 @@ impl Shootdown {
             self.used |= word;
             (*kick, *wait) = (bit, 0);
         }
-    }
-
-    /// Adds the outcome for one slot.
-    pub(super) fn add_one(&mut self, slot: usize, wanted: Wanted) {
-        let mut tally = Tally::default();
-        tally.count_other(slot as u16, wanted);
-        self.add(slot >> 6, tally);
     }
 
     pub(super) fn posted(&self) -> Posted {

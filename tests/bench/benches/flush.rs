@@ -21,10 +21,9 @@ struct Setup {
     map: VpIndexMap<'static>,
     locals: Vec<LocalFlush<'static>>,
     scratch: Shootdown,
-    mask: u64,
-    banks: Vec<u64>,
-    entries: Vec<u64>,
-    all: bool,
+    set: VpSet<'static>,
+    by_set: VpSet<'static>,
+    scope: GvaScope<'static>,
 }
 
 fn zeros(n: usize) -> &'static [AtomicU64] {
@@ -57,8 +56,11 @@ fn setup(level: Level, vps: usize, targets: usize, ranges: u64) -> Box<Setup> {
     }
     let mask = words.iter().enumerate().fold(0, |mask, (n, word)| mask | u64::from(*word != 0) << n);
     words.retain(|word| *word != 0);
-    let entries = (0..ranges).map(|n| 0x7000_0000_0000 + (n << 12)).collect();
-    Box::new(Setup { domain, map, locals, scratch: Shootdown::new(), mask, banks: words, entries, all: targets == vps })
+    let by_set = VpSet::Sparse(SparseVpSet::new(mask, Vec::leak(words)).unwrap());
+    let set = if targets == vps { VpSet::All } else { by_set };
+    let entries = Vec::leak((0..ranges).map(|n| 0x7000_0000_0000 + (n << 12)).collect());
+    let scope = GvaScope::Ranges { format: RangeFormat::Normal, entries };
+    Box::new(Setup { domain, map, locals, scratch: Shootdown::new(), set, by_set, scope })
 }
 
 fn l1(n: usize, ranges: u64) -> Box<Setup> {
@@ -69,14 +71,8 @@ fn l2(n: usize, ranges: u64) -> Box<Setup> {
     setup(Level::L2, n, n, ranges)
 }
 
-impl Setup {
-    fn scope(&self) -> GvaScope<'_> {
-        GvaScope::Ranges { format: RangeFormat::Normal, entries: black_box(&self.entries) }
-    }
-}
-
 fn by_set(mut s: Box<Setup>) -> Box<Setup> {
-    s.all = false;
+    s.set = s.by_set;
     s
 }
 
@@ -91,12 +87,7 @@ fn by_set(mut s: Box<Setup>) -> Box<Setup> {
 #[bench::_64__by_set(by_set(l1(64, 1)))]
 #[bench::_4096__by_set(by_set(l1(4096, 1)))]
 fn flush__l1(mut s: Box<Setup>) -> Box<Setup> {
-    let set = match SparseVpSet::new(s.mask, &s.banks) {
-        Some(set) if !s.all => VpSet::Sparse(set),
-        _ => VpSet::All,
-    };
-    let scope = GvaScope::Ranges { format: RangeFormat::Normal, entries: &s.entries };
-    let posted = s.domain.flush_l1(&s.map, set, scope, &mut s.scratch);
+    let posted = s.domain.flush_l1(&s.map, s.set, s.scope, &mut s.scratch);
     assert!(black_box(posted) == Posted::Wait);
     s
 }
@@ -114,12 +105,7 @@ fn flush__l1(mut s: Box<Setup>) -> Box<Setup> {
 #[bench::_64__by_set(by_set(l2(64, 1)))]
 #[bench::_4096__by_set(by_set(l2(4096, 1)))]
 fn flush__l2(mut s: Box<Setup>) -> Box<Setup> {
-    let set = match SparseVpSet::new(s.mask, &s.banks) {
-        Some(set) if !s.all => VpSet::Sparse(set),
-        _ => VpSet::All,
-    };
-    let scope = GvaScope::Ranges { format: RangeFormat::Normal, entries: &s.entries };
-    let posted = s.domain.flush_l2(VM, set, scope, &mut s.scratch);
+    let posted = s.domain.flush_l2(black_box(VM), s.set, s.scope, &mut s.scratch);
     assert!(black_box(posted) == Posted::Wait);
     s
 }
@@ -128,7 +114,7 @@ fn queued(ranges: u64) -> Box<Setup> {
     let mut s = l2(1, ranges);
     s.locals[0].exit();
     let (domain, mut scratch) = (s.domain, Shootdown::new());
-    assert!(domain.flush_l2(VM, VpSet::All, s.scope(), &mut scratch) == Posted::Done);
+    assert!(domain.flush_l2(VM, VpSet::All, s.scope, &mut scratch) == Posted::Done);
     s
 }
 
