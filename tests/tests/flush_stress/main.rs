@@ -9,8 +9,8 @@
 mod cpu;
 mod world;
 
-use hvcore::flush::mutant::{self, Mutant};
 use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use world::World;
 
@@ -37,13 +37,16 @@ fn stress(ops: u64, seed: u64, limit: Duration) -> (u64, Option<String>) {
     (world.done(), finding)
 }
 
+/// A mutant is switched on for the whole process: one test at a time.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 fn ops() -> u64 {
     std::env::var("FLUSH_STRESS_OPS").ok().and_then(|ops| ops.parse().ok()).unwrap_or(200_000)
 }
 
 #[test]
 fn no_access_is_stale() {
-    let _ = mutant::active(Mutant::None);
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let seed = std::env::var("FLUSH_STRESS_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1);
     let (done, finding) = stress(ops(), seed, Duration::MAX);
     assert_eq!(finding, None, "seed {seed}, after {done} operations");
@@ -54,6 +57,8 @@ fn no_access_is_stale() {
 #[cfg(flush_mutants)]
 #[test]
 fn every_mutant_is_caught() {
+    use hvcore::flush::mutant::{self, Mutant};
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     for mutant in [
         Mutant::SkipDrain,
         Mutant::WrongTag,
