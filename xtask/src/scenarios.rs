@@ -248,9 +248,9 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "svm-nested", image: "l0", args: "audit", modules: SMALL_L1, machine: Machine::Qemu("EPYC-Rome,+svm"), ..BASE },
     // A kernel that nobody here wrote.
     Scenario { name: "linux-shell", modules: LINUX_SHELL, cpus: 2, typed: Some(POWER_OFF), expect: SHELL_ENDS, ..LINUX },
-    Scenario { name: "linux-kvm", modules: LINUX_KVM, cpus: 2, expect: DIRECT_FLUSHES, ..LINUX },
-    Scenario { name: "linux-kvm-4-processors", modules: LINUX_KVM, cpus: 4, expect: DIRECT_FLUSHES, ..LINUX },
-    Scenario { name: "linux-kvm-plain", args: "audit enlighten=off", modules: LINUX_KVM, cpus: 2, expect: PLAIN_FLUSHES, ..LINUX },
+    Scenario { name: "linux-kvm", modules: LINUX_KVM, cpus: 2, expect: DIRECT_FLUSHES, slow: true, ..LINUX },
+    Scenario { name: "linux-kvm-4-processors", modules: LINUX_KVM, cpus: 4, expect: DIRECT_FLUSHES, slow: true, ..LINUX },
+    Scenario { name: "linux-kvm-plain", args: "audit enlighten=off", modules: LINUX_KVM, cpus: 2, expect: PLAIN_FLUSHES, slow: true, ..LINUX },
     Scenario { name: "linux-kvm-linux", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_FLUSHES, slow: true, timeout: 600, ..LINUX },
     Scenario { name: "linux-kvm-linux-plain", args: "audit enlighten=off", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_PLAIN, slow: true, timeout: 600, ..LINUX },
     // Faults that L0 commits on purpose: the controls of the TLB auditor.
