@@ -3,6 +3,27 @@
 //! An L2 GPA, an L1 GPA, a host physical address and a GVA are different types; only a walk (or an explicit
 //! constructor at the edge where a register or a table entry is read) makes one of another. Every module of the
 //! workspace may use this one; it uses nothing.
+//!
+//! An address of one kind is not one of another:
+//!
+//! ```compile_fail,E0308
+//! use hvcore::addr::{L1Gpa, L2Gpa};
+//! let of_l1: L1Gpa = L2Gpa::new(0x1000);
+//! ```
+//!
+//! nor does it pass for one, though the bytes would fit:
+//!
+//! ```compile_fail,E0308
+//! use hvcore::addr::{Gva, Hpa};
+//! fn map(_: Hpa) {}
+//! map(Gva::new(0x1000));
+//! ```
+//!
+//! ```
+//! use hvcore::addr::{Gva, Hpa};
+//! fn map(_: Hpa) {}
+//! map(Hpa::new(Gva::new(0x1000).raw()));
+//! ```
 
 /// Whose code or translations are meant: L1, the guest hypervisor, or L2, its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
