@@ -10,6 +10,8 @@ pub mod apic;
 pub mod cpu;
 pub mod decode;
 pub mod fpu;
+pub mod gprs;
 pub mod msr;
 pub mod port;
 pub mod svm;
+pub mod vmx;

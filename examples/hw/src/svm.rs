@@ -3,32 +3,8 @@
 use core::arch::{asm, naked_asm};
 use core::mem::offset_of;
 
+pub use crate::gprs::Gprs;
 use crate::{cpu, msr};
-
-/// The general-purpose registers that a VMCB does not hold. RAX and RSP are in the VMCB; their slots here are kept in
-/// step by whoever wants a whole register file.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct Gprs {
-    /// RAX: not touched by [`run`].
-    pub rax: u64,
-    pub rcx: u64,
-    pub rdx: u64,
-    pub rbx: u64,
-    /// RSP: not touched by [`run`].
-    pub rsp: u64,
-    pub rbp: u64,
-    pub rsi: u64,
-    pub rdi: u64,
-    pub r8: u64,
-    pub r9: u64,
-    pub r10: u64,
-    pub r11: u64,
-    pub r12: u64,
-    pub r13: u64,
-    pub r14: u64,
-    pub r15: u64,
-}
 
 /// The body of a world switch: callee-saved registers, then RCX, RDX and RDI (from the top: `[rsp + 16]`, `[rsp + 8]`,
 /// `[rsp]`) on the stack; what comes `before`; the guest's registers and VMRUN; the guest's registers stored; what comes
