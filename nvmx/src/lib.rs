@@ -1,10 +1,28 @@
-//! Nested VMX: VMCS12, entry checks, VMCS02, exit routing, nested EPT, enlightened VMCS.
+//! Nested VMX: an embedder (a hypervisor) offers VT-x to its guest L1, which runs guests L2 of its own.
 //!
-//! Today: the one table of VMCS fields, the control bits and the VMCS12 with what VMREAD and VMWRITE do to it.
+//! The crate is sans-I/O. The embedder runs the CPU and asks, around every VM entry of its own:
+//!
+//! 1. `NestedVmx::prepare_entry`: which VMCS, how;
+//! 2. after the VM exit, `NestedVmx::l1_exit` or `NestedVmx::l2_exit` by the level that ran: what to do.
+//!
+//! Each works on a [`Machine`]: the VP's two hardware VMCSs, its registers, its bitmaps, the CPU's VPIDs, L1's memory.
 #![no_std]
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+pub mod bits;
+pub mod caps;
 pub mod controls;
+pub mod exit_reason;
 pub mod field;
+pub mod groups;
+mod l1;
+mod machine;
+pub mod msr;
+mod state;
 pub mod vmcs12;
+pub mod vpid;
+
+pub use l1::{Fault, InvEpt, L1Exit};
+pub use machine::{Gprs, IoBitmaps, Linear, Machine, MergedMap, MsrBitmap, PageFault, Vmcs};
+pub use state::{Context, Current, NestedVmx};
