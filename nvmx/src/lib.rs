@@ -13,6 +13,7 @@
 pub mod bits;
 pub mod caps;
 pub mod controls;
+pub mod evmcs;
 pub mod exit_reason;
 pub mod field;
 pub mod groups;
