@@ -14,12 +14,17 @@ mod machine;
 mod nested_bench;
 mod probe;
 mod public_items;
+mod qemu_run;
 mod qemu_test;
+
+mod results;
 mod run_l1;
 mod scenarios;
 mod setup;
 mod stages;
 mod test;
+mod verdict;
+mod watch;
 
 use clap::{Parser, Subcommand};
 use ctx::{Ctx, Result};

@@ -1,6 +1,18 @@
-//! The list of what runs on emulated machines: a line of [`SCENARIOS`] each.
+//! The list of what runs on emulated machines: a line of [`SCENARIOS`] for each run of an emulator.
+//!
+//! A run of the small hypervisor is a batch of many scenarios, each with a result of its own: their names are `svm/cpuid`
+//! and the like, from the hypervisor's own list.
 
 use crate::machine::Typed;
+
+macro_rules! scenarios {
+    ($($on:ident $name:literal => $function:path;)*) => {
+        /// The scenarios of the small hypervisor: on which extension, and the name.
+        const OF_L1: &[(&str, &str)] = &[$((stringify!($on), $name),)*];
+    };
+}
+
+include!("../../examples/l1/src/scenarios/list.rs");
 
 /// An emulator and the processor it emulates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,11 +76,28 @@ pub enum Expect {
     GaveUp(&'static str),
 }
 
+/// A virtualization extension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extension {
+    /// AMD-V.
+    Svm,
+}
+
+impl Extension {
+    const fn name(self) -> &'static str {
+        match self {
+            Extension::Svm => "svm",
+        }
+    }
+}
+
 /// One run of one image.
 #[derive(Clone, Copy, Debug)]
 pub struct Scenario {
     /// Its name for `--scenario`. Runs of one scenario on several machines share it.
     pub name: &'static str,
+    /// It is a batch: all scenarios that the small hypervisor has for this extension, each with a result.
+    pub batch: Option<Extension>,
     /// What it runs on.
     pub machine: Machine,
     /// The image.
@@ -92,6 +121,26 @@ pub struct Scenario {
 }
 
 impl Scenario {
+    /// The names of a batch's scenarios, as the small hypervisor knows them; none when this is a single scenario.
+    pub fn parts(&self) -> Vec<&'static str> {
+        let Some(extension) = self.batch else { return Vec::new() };
+        let here = |on: &str| on == extension.name() || on == "both";
+        OF_L1.iter().filter(|(on, _)| here(on)).map(|(_, name)| *name).collect()
+    }
+
+    /// The name of the batch's scenario `part` for `--scenario` and in tables.
+    pub fn full_name(&self, part: &str) -> String {
+        format!("{}/{part}", self.name)
+    }
+
+    /// The machine, for tables and reports: the processor, and how many when `cpus` is not 1.
+    pub fn machine_name(&self, cpus: u32) -> String {
+        match cpus {
+            1 => self.machine.cpu().to_string(),
+            n => format!("{} x{n}", self.machine.cpu()),
+        }
+    }
+
     /// True when it needs Debian's packages.
     pub fn is_linux(&self) -> bool {
         self.modules.iter().any(|m| matches!(m.content, Content::LinuxKernel))
@@ -106,6 +155,7 @@ impl Scenario {
 /// What most scenarios have.
 const BASE: Scenario = Scenario {
     name: "",
+    batch: None,
     machine: Machine::Qemu("max"),
     image: "selftest",
     args: "",
@@ -118,6 +168,8 @@ const BASE: Scenario = Scenario {
     timeout: 120,
 };
 
+const NO_VGIF: Machine = Machine::Qemu("EPYC-Rome,+svm");
+
 const BOCHS: Machine = Machine::Bochs("corei7_skylake_x");
 
 const TWO_FILES: &[Module] = &[
@@ -125,10 +177,19 @@ const TWO_FILES: &[Module] = &[
     Module { content: Content::Text("a"), args: "bytes=1 first=97" },
 ];
 
-const SMALL_L1: &[Module] = &[Module { content: Content::Image("l1"), args: "scenario=all" }];
+/// The small hypervisor on the emulator itself.
+const SVM_BARE: Scenario = Scenario { name: "svm-bare", batch: Some(Extension::Svm), image: "l1", ..BASE };
+
+/// The small hypervisor on L0.
+const SVM: Scenario =
+    Scenario { name: "svm", batch: Some(Extension::Svm), image: "l0", args: "audit", modules: SMALL_L1, ..BASE };
+
+const SMALL_L1: &[Module] = &[Module { content: Content::Image("l1"), args: "" }];
 
 /// With several processors and direct flush there is nothing that may be skipped.
-const ALL_OF_IT: &[Module] = &[Module { content: Content::Image("l1"), args: "scenario=all skip=no" }];
+const ALL_OF_IT: &[Module] = &[Module { content: Content::Image("l1"), args: "skip=no" }];
+
+const HOSTILE: &[Module] = &[Module { content: Content::Image("l1"), args: "scenario=hostile-vmcbs hostile=100000" }];
 
 const ASID_REUSE: &[Module] = &[Module { content: Content::Image("l1"), args: "scenario=asid-reuse" }];
 
@@ -233,19 +294,20 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "unhandled-exception", args: "test=unhandled", expect: Expect::Failure("unhandled: #UD"), ..BASE },
     Scenario { name: "nested-fault", args: "test=nested", expect: Expect::Failure("nested fault on one interrupt stack: #BP"), ..BASE },
     // The small hypervisor on the emulator itself: the control of what it finds on the L0 hypervisor.
-    Scenario { name: "svm-bare", image: "l1", ..BASE },
-    Scenario { name: "svm-bare-4-processors", image: "l1", cpus: 4, ..BASE },
-    Scenario { name: "svm-bare", image: "l1", machine: Machine::Qemu("EPYC-Rome,+svm"), ..BASE },
+    SVM_BARE,
+    Scenario { cpus: 4, ..SVM_BARE },
+    Scenario { machine: NO_VGIF, ..SVM_BARE },
     // The L0 hypervisor with the runtime's own test as its guest.
     Scenario { name: "l0-boot", image: "l0", modules: RUNTIME_AS_L1, ..BASE },
     Scenario { name: "l0-boot-4-processors", image: "l0", modules: RUNTIME_AS_L1, cpus: 4, ..BASE },
     // The small hypervisor and its guests on the L0 hypervisor.
-    Scenario { name: "svm-nested", image: "l0", args: "audit", modules: SMALL_L1, ..BASE },
-    Scenario { name: "svm-nested-2-processors", image: "l0", args: "audit", modules: ALL_OF_IT, cpus: 2, timeout: 120, ..BASE },
-    Scenario { name: "svm-nested-4-processors", image: "l0", args: "audit", modules: ALL_OF_IT, cpus: 4, timeout: 180, ..BASE },
+    SVM,
+    Scenario { modules: ALL_OF_IT, cpus: 2, ..SVM },
+    Scenario { modules: ALL_OF_IT, cpus: 4, timeout: 180, ..SVM },
+    Scenario { machine: NO_VGIF, ..SVM },
     // Nested state goes through its saved form every seventh exit.
-    Scenario { name: "svm-nested-churn", image: "l0", args: "churn=7 audit", modules: SMALL_L1, cpus: 2, timeout: 120, ..BASE },
-    Scenario { name: "svm-nested", image: "l0", args: "audit", modules: SMALL_L1, machine: Machine::Qemu("EPYC-Rome,+svm"), ..BASE },
+    Scenario { name: "svm-churn", args: "churn=7 audit", cpus: 2, ..SVM },
+    Scenario { name: "svm-hostile-100000", image: "l0", args: "audit", modules: HOSTILE, timeout: 600, ..BASE },
     // A kernel that nobody here wrote.
     Scenario { name: "linux-shell", modules: LINUX_SHELL, cpus: 2, typed: Some(POWER_OFF), expect: SHELL_ENDS, ..LINUX },
     Scenario { name: "linux-kvm", modules: LINUX_KVM, cpus: 2, expect: DIRECT_FLUSHES, slow: true, ..LINUX },
@@ -260,3 +322,73 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "audit-no-kick", image: "l0", args: "audit mutant=no-kick", modules: FLUSH, cpus: 2, expect: Expect::GaveUp("runs on from before it"), ..BASE },
     Scenario { name: "panic", args: "test=panic", expect: Expect::Failure("as asked"), ..BASE },
 ];
+
+/// Every name that `--scenario` knows, in the order of the list, each once.
+pub fn names() -> Vec<String> {
+    let mut names = Vec::new();
+    for scenario in SCENARIOS {
+        let parts = scenario.parts().into_iter().map(|part| scenario.full_name(part));
+        for name in std::iter::once(scenario.name.to_string()).chain(parts) {
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+    }
+    names
+}
+
+/// A run, and of a batch which of its scenarios.
+#[derive(Clone, Debug)]
+pub struct Chosen {
+    /// The run.
+    pub scenario: &'static Scenario,
+    /// Of a batch: these of its scenarios, as the small hypervisor knows them.
+    pub parts: Vec<&'static str>,
+}
+
+impl Chosen {
+    /// All of the run.
+    pub fn whole(scenario: &'static Scenario) -> Chosen {
+        Chosen { scenario, parts: scenario.parts() }
+    }
+
+    /// What of `scenario` is in `names`.
+    pub fn named(scenario: &'static Scenario, names: &[String]) -> Option<Chosen> {
+        if names.iter().any(|name| name == scenario.name) {
+            return Some(Chosen::whole(scenario));
+        }
+        let mut parts = scenario.parts();
+        parts.retain(|part| names.contains(&scenario.full_name(part)));
+        (!parts.is_empty()).then_some(Chosen { scenario, parts })
+    }
+
+    /// How many results it gives.
+    pub fn results(&self) -> usize {
+        self.parts.len().max(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_small_hypervisors_list_is_here() {
+        let names = names();
+        for name in ["svm", "svm/cpuid", "svm-bare/cpuid", "svm-churn/flush-direct", "boot"] {
+            assert_eq!(names.iter().filter(|n| *n == name).count(), 1, "{name}");
+        }
+        assert!(!names.contains(&"boot/cpuid".to_string()));
+    }
+
+    #[test]
+    fn a_batch_is_chosen_whole_or_in_part() {
+        let find = |wanted: &[&str]| {
+            let wanted: Vec<String> = wanted.iter().map(|w| w.to_string()).collect();
+            Chosen::named(&SVM, &wanted).map(|chosen| chosen.parts)
+        };
+        assert_eq!(find(&["svm/hlt", "svm/cpuid", "svm-bare/msr"]), Some(vec!["cpuid", "hlt"]));
+        assert_eq!(find(&["svm/hlt", "svm"]).map(|parts| parts.len()), Some(SVM.parts().len()));
+        assert_eq!(find(&["svm-bare"]), None);
+    }
+}

@@ -1,7 +1,8 @@
 //! A small hypervisor for AMD-V: L1 when the L0 hypervisor runs it, an ordinary hypervisor on bare hardware.
 //!
-//! The kernel command line says what it does: `scenario=NAME` runs one scenario, nothing or `scenario=all` runs them
-//! all, `bench=all` measures. It prints a line for each scenario and ends the machine with the verdict.
+//! The kernel command line says what it does: `scenario=NAME,NAME` runs these scenarios, nothing or `scenario=all` runs
+//! them all, `bench=all` measures. It prints a line for each scenario and ends the machine with the verdict.
+//! `counters=each` asks L0 for its counters before the first scenario and after each.
 #![cfg_attr(freestanding, no_std, no_main)]
 
 mod bench;
@@ -83,6 +84,14 @@ pub fn enable_svm() -> bool {
     true
 }
 
+/// Has L0, if it was told to listen, print its counters.
+fn ask_for_counters(wanted: bool) {
+    if wanted {
+        // SAFETY: a port for messages: L0's, or the emulator's own.
+        unsafe { hw::port::outb(0xE9, b'S') };
+    }
+}
+
 fn run(boot: &'static BootInfo) -> ExitCode {
     // SAFETY: masking both 8259s: their BIOS vectors are those of exceptions, and nothing here uses them.
     unsafe {
@@ -109,9 +118,15 @@ fn run(boot: &'static BootInfo) -> ExitCode {
     }
     // `skip=no`: this machine has all that the scenarios want, so a skipped one is a failure.
     let may_skip = boot.argument("skip") != Some("no");
+    let counters = boot.argument("counters") == Some("each");
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
-    for scenario in SCENARIOS.iter().filter(|s| wanted == "all" || s.name == wanted) {
-        match (scenario.run)() {
+    let chosen = SCENARIOS.iter().filter(|s| scenarios::is_wanted(s, wanted));
+    rt::println!("{} scenarios", chosen.clone().count());
+    ask_for_counters(counters);
+    for scenario in chosen {
+        let outcome = (scenario.run)();
+        ask_for_counters(counters);
+        match outcome {
             Ok(()) => {
                 passed += 1;
                 rt::println!("PASS {}", scenario.name);

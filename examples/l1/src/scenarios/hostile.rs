@@ -193,7 +193,7 @@ pub fn vmcbs() -> Outcome {
         }
         check("this hypervisor's own state is as it was", u64::from(Own::now() == own), 1)?;
     }
-    rt::println!("  {tries} VMCBs: {entered} entered ({shutdown} of them shut down), {refused} refused");
+    rt::println!("COUNT tried={tries} entered={entered} refused={refused} shutdown={shutdown}");
     check("enough entered", u64::from(entered * 10 >= tries * 3), 1)?;
     check("some were refused", u64::from(refused > 0), 1)?;
     // The control: the same guest without damage still runs.

@@ -1,0 +1,193 @@
+//! Runs scenarios on emulated machines, one run of an emulator after the other. Used by `qemu_test.rs`.
+
+use crate::ctx::{Ctx, Log, Result};
+use crate::images::{self, Freestanding, Images};
+use crate::linux::{self, Prepared};
+use crate::machine::{self, Accel, Loaded, Run};
+use crate::results::{self, ResultLine, Verdict};
+use crate::scenarios::{Chosen, Content, Machine, Scenario};
+use crate::setup;
+use crate::verdict::verdict;
+use crate::watch::{Progress, Watch};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How scenarios are run.
+pub struct Options {
+    /// How QEMU executes guest code.
+    pub accel: Accel,
+    /// Seconds, instead of the scenario's own.
+    pub timeout: Option<u64>,
+    /// Processors, instead of the scenario's own.
+    pub smp: Option<u32>,
+    /// L0 saves and restores nested state every so many exits.
+    pub churn: Option<u32>,
+    /// Runs on one processor count instructions.
+    pub icount: bool,
+}
+
+/// What scenarios are made of.
+pub struct Ingredients {
+    /// The images.
+    pub images: Images,
+    /// When a scenario needs it.
+    linux: Option<Prepared>,
+}
+
+impl Ingredients {
+    /// Builds, and finds, what `chosen` needs.
+    pub fn prepare(ctx: &Ctx, log: &mut Log, chosen: &[Chosen], freestanding: Freestanding) -> Result<Ingredients> {
+        let any = |test: fn(&Scenario) -> bool| chosen.iter().any(|c| test(c.scenario));
+        if any(|s| matches!(s.machine, Machine::Qemu(_))) {
+            setup::need(ctx, setup::QEMU)?;
+        }
+        if any(|s| matches!(s.machine, Machine::Bochs(_))) {
+            setup::need(ctx, setup::BOCHS)?;
+            setup::need(ctx, setup::GRUB)?;
+        }
+        let target = images::choose(ctx, freestanding)?;
+        let with_qemu = any(Scenario::has_qemu_inside);
+        let linux = any(Scenario::is_linux).then(|| linux::prepare(ctx, log, with_qemu)).transpose()?;
+        Ok(Ingredients { images: images::build(ctx, log, target)?, linux })
+    }
+
+    fn linux(&self) -> Result<&linux::Linux> {
+        let prepared = self.linux.as_ref().and_then(|prepared| prepared.as_ref().ok());
+        prepared.ok_or_else(|| "no Linux was prepared".into())
+    }
+}
+
+/// Runs all of `chosen` and shows the table while it grows.
+pub fn run_all(
+    ctx: &Ctx,
+    options: &Options,
+    ingredients: &Ingredients,
+    chosen: &[Chosen],
+    mut show: impl FnMut(&str),
+) -> Result<Vec<ResultLine>> {
+    let mut lines = Vec::new();
+    let total = chosen.iter().map(Chosen::results).sum();
+    for one in chosen {
+        let progress = Progress { done: lines.len(), total, what: String::new() };
+        for line in run_one(ctx, options, ingredients, one, progress)? {
+            show(&line.shown());
+            lines.push(line);
+        }
+    }
+    Ok(lines)
+}
+
+fn run_one(
+    ctx: &Ctx,
+    options: &Options,
+    ingredients: &Ingredients,
+    chosen: &Chosen,
+    progress: Progress,
+) -> Result<Vec<ResultLine>> {
+    let scenario = chosen.scenario;
+    let cpus = options.smp.unwrap_or(scenario.cpus);
+    let machine_name = scenario.machine_name(cpus);
+    if let (true, Some(Err(why))) = (scenario.is_linux(), &ingredients.linux) {
+        let verdict = Verdict::Skip(why.to_string());
+        return Ok(vec![ResultLine {
+            cpu: machine_name,
+            scenario: scenario.name.to_string(),
+            verdict,
+            seconds: 0.0,
+            exits: None,
+            l0_instructions: None,
+            counts: BTreeMap::new(),
+        }]);
+    }
+    let directory = ctx.work_dir(&format!("run/{}-{}", scenario.name, machine_name.replace(' ', "-")))?;
+    // What an earlier run left could pass for output of this one.
+    fs::remove_dir_all(&directory)?;
+    fs::create_dir_all(&directory)?;
+    let counted = options.icount && cpus == 1 && matches!(scenario.machine, Machine::Qemu(_));
+    let run = Run {
+        image: &ingredients.images.path(scenario.image),
+        args: &image_args(options, chosen, cpus, counted),
+        modules: &modules(ingredients, chosen, cpus, &directory)?,
+        cpu: scenario.machine.cpu(),
+        cpus,
+        memory: scenario.memory,
+        icount: counted,
+        typed: scenario.typed,
+        timeout: Duration::from_secs(options.timeout.unwrap_or(scenario.timeout)),
+        directory: &directory,
+    };
+    let progress = Progress { what: format!("{} on {machine_name}", scenario.name), ..progress };
+    let watch = Watch::start(&directory.join("serial.txt"), progress);
+    let ended = match scenario.machine {
+        Machine::Qemu(_) => machine::qemu(&run, options.accel),
+        Machine::Bochs(_) => machine::bochs(&run),
+    };
+    let times = watch.end();
+    let ended = ended?;
+    let verdict = verdict(scenario.expect, cpus, &ended).map_or_else(Verdict::Fail, |()| Verdict::Pass);
+    Ok(results::of_run(chosen, &machine_name, &ended, &times, verdict, counted))
+}
+
+/// The command line of the image that boots.
+fn image_args(options: &Options, chosen: &Chosen, cpus: u32, counted: bool) -> String {
+    let scenario = chosen.scenario;
+    let mut args = with_cpus(scenario.args, cpus);
+    if scenario.image == "l1" {
+        args += &parts(chosen);
+    }
+    if scenario.image == "l0" {
+        if let Some(churn) = options.churn {
+            args += &format!(" churn={churn}");
+        }
+        if counted {
+            args += " count";
+        }
+        if !chosen.parts.is_empty() {
+            args += " test-hooks";
+        }
+    }
+    args
+}
+
+/// What tells the small hypervisor which scenarios to run.
+fn parts(chosen: &Chosen) -> String {
+    match chosen.parts.len() {
+        0 => String::new(),
+        n if n == chosen.scenario.parts().len() => " scenario=all".to_string(),
+        _ => format!(" scenario={}", chosen.parts.join(",")),
+    }
+}
+
+/// The command line of an image on `cpus` processors.
+fn with_cpus(args: &str, cpus: u32) -> String {
+    if cpus > 1 { format!("{args} cpus={cpus}") } else { args.to_string() }
+}
+
+fn modules(ingredients: &Ingredients, chosen: &Chosen, cpus: u32, directory: &Path) -> Result<Vec<Loaded>> {
+    let mut loaded = Vec::new();
+    for (i, module) in chosen.scenario.modules.iter().enumerate() {
+        let mut args = module.args.to_string();
+        let path: PathBuf = match module.content {
+            Content::Image(name) => {
+                args = with_cpus(module.args, cpus);
+                if !chosen.parts.is_empty() {
+                    args += &parts(chosen);
+                    args += " counters=each";
+                }
+                ingredients.images.path(name)
+            }
+            Content::LinuxKernel => ingredients.linux()?.kernel.clone(),
+            Content::LinuxInitrd => ingredients.linux()?.initrd.clone(),
+            Content::LinuxQemuInitrd => ingredients.linux()?.qemu_initrd.clone().ok_or("no QEMU was prepared")?,
+            Content::Text(text) => {
+                let path = directory.join(format!("module{i}"));
+                fs::write(&path, text)?;
+                path
+            }
+        };
+        loaded.push(Loaded { path, args: args.trim_start().to_string() });
+    }
+    Ok(loaded)
+}
