@@ -10,8 +10,6 @@ use spin::{Mutex, Once};
 
 use crate::audit;
 use crate::fatal::{self, give_up};
-use nsvm::caps::{Config, Features, Host};
-use nsvm::vmcb::bits::efer;
 
 use crate::hyperv::{HyperV, OVERLAYS};
 use crate::ipi::{Ipis, MAX_CPUS};
@@ -21,12 +19,12 @@ use crate::loader::{self, Module, Region};
 use crate::memory;
 use crate::memory::{FOUR_GIB, L1Memory, Range};
 use crate::mutant::Mutant;
-use crate::npt01::{self, Npt01, TablePage};
+use crate::npt01::{self, Format, Npt01, TablePage};
 use crate::pages::{Pages, PagesPa};
-use crate::permissions::{IOPM01, MSRPM01};
 use crate::relocate::{self, phys_of};
 use crate::say;
-use crate::shared::Shared;
+use crate::shared::{Shared, Vendor};
+use crate::svm::SvmHost;
 use crate::vp::Vp;
 
 /// Memory that one owner takes once.
@@ -89,19 +87,17 @@ pub fn main(boot: &'static BootInfo) -> ExitCode {
     // SAFETY: `HEAP` is used for nothing else, and nothing has been allocated yet.
     unsafe { rt::frames::use_region(rt::multiboot::Region { start: heap, end: heap + HEAP_BYTES as u64 }) };
     rt::idt::on(2, nmi);
-    let Some(svm) = svm::capabilities() else { give_up(format_args!("this processor has no SVM")) };
-    if svm.edx & 1 == 0 {
-        give_up(format_args!("this processor has no nested paging"));
-    }
     let map = map_for_l1(boot, hole);
-    let shared = SHARED.call_once(|| shared(boot, hole, svm));
+    let shared = SHARED.call_once(|| shared(boot, hole));
     if shared.audit {
         let cpus = boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1);
         audit::start(cpus, crate::pages::SHADOW_PAGES);
     }
     load_l1(&modules, shared, &map);
     let cpus = boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1);
-    say!("l0: cpus {cpus} hole {:#x}..{:#x} asids {} svm features {:#x}", hole.start, hole.end, svm.ebx, svm.edx);
+    let Vendor::Svm(svm) = &shared.vendor;
+    let leaf = svm.leaf;
+    say!("l0: cpus {cpus} hole {:#x}..{:#x} asids {} svm features {:#x}", hole.start, hole.end, leaf.ebx, leaf.edx);
     if let Err(missing) = rt::smp::start(cpus, other) {
         give_up(format_args!("{cpus} processors asked for, {} came", missing.online));
     }
@@ -120,11 +116,14 @@ fn map_for_l1(boot: &BootInfo, hole: Range) -> ArrayVec<Region, 64> {
     map
 }
 
-fn shared(boot: &BootInfo, hole: Range, svm: cpu::CpuidResult) -> Shared {
+fn shared(boot: &BootInfo, hole: Range) -> Shared {
     let (low_end, high_end) = ends(boot);
     let enlighten = boot.argument("enlighten") != Some("off");
     let address_bits = cpu::cpuid(0x8000_0008, 0).eax & 0xff;
-    let Ok(npt) = Npt01::new(&NPT_PAGES, phys_of(NPT_PAGES.as_ptr()), hole, address_bits) else {
+    let Some(svm) = SvmHost::new(address_bits, enlighten) else { give_up(format_args!("this processor has no SVM")) };
+    let Ok(npt) =
+        Npt01::new(&NPT_PAGES, phys_of(NPT_PAGES.as_ptr()), Format::NPT, hole, (low_end, high_end), address_bits)
+    else {
         give_up(format_args!("no pages for the nested tables"));
     };
     Shared {
@@ -133,16 +132,14 @@ fn shared(boot: &BootInfo, hole: Range, svm: cpu::CpuidResult) -> Shared {
         l1map: IdentityMap { hole, ones: npt.ones(), address_bits, overlays: &OVERLAYS },
         address_bits,
         gib_pages: cpu::cpuid(0x8000_0001, 0).edx & 1 << 26 != 0,
-        config: config(svm, address_bits, enlighten),
-        ncr3: npt.root(),
+        root01: npt.root(),
         npt01: Mutex::new(npt),
-        msrpm01: phys_of(&raw const MSRPM01),
-        iopm01: phys_of(&raw const IOPM01),
         ipis: Ipis::new(),
         // SAFETY: L0's tables map the page uncached.
         apic: unsafe { LocalApic::new(memory::phys_to_virt(hw::apic::DEFAULT_BASE)) },
-        svm,
-        hyperv: HyperV::new(address_bits),
+        svm_leaf: svm.config.cpuid_8000_000a(),
+        vendor: Vendor::Svm(svm),
+        hyperv: HyperV::new(address_bits, hvcore::partition::Vendor::Amd, SvmHost::ENLIGHTENMENTS),
         enlighten,
         churn: boot.argument("churn").and_then(|n| n.parse().ok()).unwrap_or(0),
         count: has_word(boot, "count"),
@@ -155,49 +152,6 @@ fn shared(boot: &BootInfo, hole: Range, svm: cpu::CpuidResult) -> Shared {
 /// True when `word` is on L0's command line.
 fn has_word(boot: &BootInfo, word: &str) -> bool {
     boot.command_line.split_ascii_whitespace().any(|w| w == word)
-}
-
-/// What L1 is offered of SVM: all that this processor and the library have.
-fn config(svm: cpu::CpuidResult, address_bits: u32, enlighten: bool) -> Config {
-    let (basic, structured, extended) = (cpu::cpuid(1, 0), cpu::cpuid(7, 0), cpu::cpuid(0x8000_0001, 0));
-    let bit = |word: u32, bit: u32| word >> bit & 1 != 0;
-    let cr4_bits = [
-        (11, bit(structured.ecx, 2)),
-        (12, bit(structured.ecx, 16)),
-        (16, bit(structured.ebx, 0)),
-        (17, bit(basic.ecx, 17)),
-        (18, bit(basic.ecx, 26)),
-        (20, bit(structured.ebx, 7)),
-        (21, bit(structured.ebx, 20)),
-        (22, bit(structured.ecx, 3)),
-        (23, bit(structured.ecx, 7)),
-    ];
-    // VME to OSXMMEXCPT are in every processor with SVM.
-    let cr4_valid = cr4_bits.iter().filter(|(_, has)| *has).fold(0x7ff, |bits, (n, _)| bits | 1 << n);
-    let mut efer_valid = efer::SCE | efer::LME | efer::LMA | efer::NXE | efer::SVME;
-    if bit(extended.edx, 25) {
-        efer_valid |= efer::FFXSR;
-    }
-    if bit(extended.ecx, 17) {
-        efer_valid |= efer::TCE;
-    }
-    let host = Host {
-        features: Features::from_edx(svm.edx),
-        phys_bits: address_bits as u8,
-        cr4_valid,
-        efer_valid,
-        intercepts: Host::intercepts_of(
-            bit(extended.edx, 27),
-            bit(basic.ecx, 3),
-            bit(basic.ecx, 26),
-            bit(cpu::cpuid(0x8000_0008, 0).ebx, 4),
-            bit(structured.ebx, 10),
-        ),
-    };
-    match Config::all(host, svm.ebx, enlighten) {
-        Ok(config) => config,
-        Err(error) => give_up(format_args!("SVM cannot be offered to L1: {error:?}")),
-    }
 }
 
 /// Moves the image and the modules to the top of memory, where that is possible; where the image is then.
@@ -266,11 +220,12 @@ fn run(id: usize) -> ! {
     let (Some(shared), Some(pages)) = (SHARED.get(), vp_pages(id)) else {
         give_up(format_args!("processor {id} started too early, or is one too many"));
     };
+    let Vendor::Svm(svm) = &shared.vendor;
     let pa = PagesPa::at(phys_of(&raw const *pages));
     // SAFETY: long mode processors have NX; the nested tables use it, and the host's EFER decides whether they may.
     unsafe { msr::wrmsr(msr::EFER, msr::rdmsr(msr::EFER) | msr::EFER_NXE) };
     // SAFETY: the runtime has loaded this processor's tables and TSS; `main` set the NMI handler.
-    let vp = unsafe { Vp::new(id, shared, pages, pa) };
+    let vp = unsafe { Vp::new(id, shared, svm, pages, pa) };
     let mut vp = match vp {
         Ok(vp) => vp,
         Err(failure) => give_up(format_args!("{failure:?} on cpu {id}")),

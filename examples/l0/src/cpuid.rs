@@ -16,7 +16,7 @@ const CR4_PKE: u64 = 1 << 22;
 pub fn answer(leaf: u32, subleaf: u32, cr4: u64, shared: &Shared) -> CpuidResult {
     match leaf {
         0x8000_000a => {
-            let [eax, ebx, ecx, edx] = shared.config.cpuid_8000_000a();
+            let [eax, ebx, ecx, edx] = shared.svm_leaf;
             return CpuidResult { eax, ebx, ecx, edx };
         }
         // Leaves of a hypervisor that L0 itself runs on are not L1's.

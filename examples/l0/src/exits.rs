@@ -3,7 +3,7 @@
 //! Called by the run loop right after #VMEXIT, with GIF clear. Each kind of exit is one function.
 
 use hvcore::addr::Level;
-use hw::{apic, msr, port, svm};
+use hw::{msr, port, svm};
 use nsvm::insn::Kind;
 use nsvm::{Fault, L1Exit, exit_code as code};
 
@@ -12,10 +12,11 @@ use crate::cpuid;
 use crate::debug;
 use crate::fatal::Failure;
 use crate::hyperv;
+use crate::lapic;
 use crate::mmio;
 use crate::nested;
 use crate::npt01::Kind as Page;
-use crate::permissions::DEBUG_EXIT;
+use crate::ports;
 use crate::vp::Vp;
 
 /// Carries out the exit that VMCB01 tells.
@@ -128,7 +129,7 @@ fn read_msr(vp: &mut Vp, number: u32) -> Option<u64> {
     match number {
         msr::PAT => Some(vp.vmcb().save.g_pat),
         msr::APIC_BASE => Some(vp.apic_base),
-        0x4000_0000..=0x4fff_ffff => hyperv::read_msr(vp, number),
+        0x4000_0000..=0x4fff_ffff => vp.hyperv.read_msr(vp.shared, number),
         _ => None,
     }
 }
@@ -143,51 +144,17 @@ fn write_msr(vp: &mut Vp, number: u32, value: u64) -> bool {
             }
             legal
         }
-        msr::APIC_BASE => write_apic_base(vp, value),
+        msr::APIC_BASE => lapic::write_base(vp.shared, vp.id, &mut vp.apic_base, value),
         msr::X2APIC_ICR => {
-            mmio::send_icr(vp, (value >> 32) as u32, value as u32, |vp| {
+            mmio::send_icr(vp.shared, vp.id, (value >> 32) as u32, value as u32, || {
                 // SAFETY: x2APIC mode is on, or the guest's WRMSR would have faulted; the command was checked.
                 unsafe { msr::wrmsr(msr::X2APIC_ICR, value) };
-                let _ = vp;
             });
             true
         }
-        0x4000_0000..=0x4fff_ffff => hyperv::write_msr(vp, number, value),
+        0x4000_0000..=0x4fff_ffff => vp.hyperv.write_msr(vp.shared, vp.id, vp.counters, number, value),
         _ => false,
     }
-}
-
-/// APIC_BASE as L1 sees it. The real APIC stays enabled where it is: L0 needs it. x2APIC mode is passed on.
-fn write_apic_base(vp: &mut Vp, value: u64) -> bool {
-    const KNOWN: u64 = 0x000f_ffff_ffff_f000 | apic::BASE_ENABLE | apic::BASE_X2APIC | apic::BASE_BSP;
-    let x2apic_there = hw::cpu::cpuid(1, 0).ecx & 1 << 21 != 0;
-    let mode = |v: u64| (v & apic::BASE_ENABLE != 0, v & apic::BASE_X2APIC != 0);
-    let legal = match (mode(vp.apic_base), mode(value)) {
-        (_, (false, true)) => false,
-        ((_, true), (true, false)) => false,
-        ((false, _), (true, true)) => false,
-        (_, (_, true)) => x2apic_there,
-        _ => true,
-    };
-    if value & !KNOWN != 0 || !legal {
-        return false;
-    }
-    let x2apic = value & apic::BASE_X2APIC != 0;
-    if x2apic != (vp.apic_base & apic::BASE_X2APIC != 0) {
-        // SAFETY: a legal change of mode of this processor's APIC; leaving x2APIC goes through disabled.
-        unsafe {
-            let real = msr::rdmsr(msr::APIC_BASE);
-            if x2apic {
-                msr::wrmsr(msr::APIC_BASE, real | apic::BASE_X2APIC);
-            } else {
-                msr::wrmsr(msr::APIC_BASE, real & !(apic::BASE_X2APIC | apic::BASE_ENABLE));
-                msr::wrmsr(msr::APIC_BASE, real & !apic::BASE_X2APIC);
-            }
-        }
-        vp.shared.ipis.set_x2apic(vp.id, x2apic);
-    }
-    vp.apic_base = value;
-    true
 }
 
 /// A fault at `gpa`, an L1 GPA, in L0's own nested tables. `info` is EXITINFO1.
@@ -197,7 +164,8 @@ pub fn npf(vp: &mut Vp, gpa: u64, info: u64) -> Result<(), Failure> {
     if info & (PRESENT | WRITE) == PRESENT | WRITE {
         let kind = vp.shared.kind(gpa);
         if kind != Page::Plain {
-            return mmio::write(vp, gpa, kind);
+            mmio::write(vp, gpa, kind);
+            return Ok(());
         }
     }
     if info & PRESENT == 0 && gpa >= crate::memory::FOUR_GIB {
@@ -233,7 +201,7 @@ fn io_exit(vp: &mut Vp) {
                 0
             }
             (false, false, _) => {
-                end(vp, number, rax as u32, size);
+                ports::end(shared, number, rax as u32, size);
                 0
             }
         };
@@ -248,21 +216,6 @@ fn io_exit(vp: &mut Vp) {
         }
     }
     vp.vmcb().complete_instruction(next);
-}
-
-/// L1 writes to a port that may end the machine.
-fn end(vp: &mut Vp, number: u16, value: u32, size: u64) {
-    if number == DEBUG_EXIT || value & 1 << 13 != 0 {
-        counters::print(vp.shared.ipis.count());
-    }
-    // SAFETY: L1 owns the port, and would have done this itself.
-    unsafe {
-        match size {
-            1 => port::outb(number, value as u8),
-            2 => port::outw(number, value as u16),
-            _ => port::outl(number, value),
-        }
-    }
 }
 
 /// L1 shut down (a triple fault): the machine resets, as it would without L0.

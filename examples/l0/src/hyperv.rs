@@ -16,7 +16,7 @@ use hvcore::hypercall::calls::{
     FlushVirtualAddressSpaceEx, GvaRanges, LongSpinWait, NotifyLongSpinWait, SendSyntheticClusterIpi,
     SendSyntheticClusterIpiEx,
 };
-use hvcore::hypercall::{Answer, CallerMode, Outcome, Scratch, Width, handle};
+use hvcore::hypercall::{Answer, CallerMode, Outcome, Registers, Scratch, Width, handle};
 use hvcore::memory::{CallerMemory, GuestMemory, L1Caller, L2Caller};
 use hvcore::partition::{
     Action, EmbedderRead, Interface, MsrRead, MsrWrite, NestedCapabilities, Overlay, PartitionConfig, Vendor,
@@ -84,11 +84,9 @@ pub struct VpHyperV {
 }
 
 impl HyperV {
-    /// The interface of a machine with physical addresses of `address_bits` bits.
-    pub fn new(address_bits: u32) -> Self {
-        let nested =
-            NestedCapabilities { direct_flush: true, msr_bitmap: true, npt_tlb: true, ..NestedCapabilities::NONE };
-        let config = PartitionConfig::new(Vendor::Amd, MAX_CPUS as u32, address_bits as u8)
+    /// The interface of a machine with physical addresses of `address_bits` bits, offering `nested` enlightenments.
+    pub fn new(address_bits: u32, vendor: Vendor, nested: NestedCapabilities) -> Self {
+        let config = PartitionConfig::new(vendor, MAX_CPUS as u32, address_bits as u8)
             .offer::<Calls<'_>>()
             .xmm_input()
             .apic_msrs()
@@ -210,27 +208,53 @@ fn mode(vmcb: &Vmcb) -> CallerMode {
 
 /// Performs the hypercall of `level`, and everything that its completion needs.
 fn perform<C: CallerMemory + ?Sized>(vp: &mut Vp, level: Level, vm_id: u64, memory: &C) -> Outcome {
-    let shared = vp.shared;
-    let hyperv = &shared.hyperv;
     let vmcb = match level {
         Level::L1 => &mut *vp.m.vmcb01,
         Level::L2 => &mut *vp.m.vmcb02,
     };
-    let caller = hyperv.interface.caller(mode(vmcb), level);
+    let call = Call { level, mode: mode(vmcb), vm_id };
     let mut registers = CallRegisters { vmcb, gprs: vp.m.gprs };
-    let flush = FlushCalls::new(hyperv.domain, &hyperv.map, vm_id, &mut vp.hyperv.shootdown);
-    let mut calls = Calls { flush, shared, counters: vp.counters, vm_id, audited: None };
-    let outcome = handle(&mut calls, &caller, &mut registers, memory, &mut vp.hyperv.scratch);
-    let (posted, audited) = (calls.flush.posted(), calls.audited);
-    if posted != Posted::Done {
-        settle(shared, &mut vp.hyperv.shootdown, posted, vp.counters);
-    } else {
-        vp.counters.waits_avoided.add(1);
+    vp.hyperv.perform(vp.shared, vp.counters, &call, &mut registers, memory)
+}
+
+/// Who calls.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    /// Its level.
+    pub level: Level,
+    /// Its processor's mode.
+    pub mode: CallerMode,
+    /// Its VM_ID, for L2.
+    pub vm_id: u64,
+}
+
+impl VpHyperV {
+    /// Performs the hypercall in `registers`, and everything that its completion needs.
+    #[inline(always)]
+    pub fn perform<R: Registers, C: CallerMemory + ?Sized>(
+        &mut self,
+        shared: &'static Shared,
+        counters: &'static Counters,
+        call: &Call,
+        registers: &mut R,
+        memory: &C,
+    ) -> Outcome {
+        let hyperv = &shared.hyperv;
+        let caller = hyperv.interface.caller(call.mode, call.level);
+        let flush = FlushCalls::new(hyperv.domain, &hyperv.map, call.vm_id, &mut self.shootdown);
+        let mut calls = Calls { flush, shared, counters, vm_id: call.vm_id, audited: None };
+        let outcome = handle(&mut calls, &caller, registers, memory, &mut self.scratch);
+        let (posted, audited) = (calls.flush.posted(), calls.audited);
+        if posted != Posted::Done {
+            settle(shared, &mut self.shootdown, posted, counters);
+        } else {
+            counters.waits_avoided.add(1);
+        }
+        if let (Some(request), Outcome::Complete(_)) = (audited, &outcome) {
+            audit::complete(request);
+        }
+        outcome
     }
-    if let (Some(request), Outcome::Complete(_)) = (audited, &outcome) {
-        audit::complete(request);
-    }
-    outcome
 }
 
 /// Kicks the targets of a request and waits for them.
@@ -408,73 +432,81 @@ pub fn apply(
     nested.retire_tag(Level::L2);
 }
 
-/// RDMSR of a synthetic MSR; `None`: #GP.
-pub fn read_msr(vp: &mut Vp, number: u32) -> Option<u64> {
-    if !vp.shared.enlighten {
-        return None;
-    }
-    match vp.shared.hyperv.interface.msr_read(&vp.hyperv.msrs, number, 0) {
-        MsrRead::Value(value) => Some(value),
-        MsrRead::Fault | MsrRead::NotMine => None,
-        MsrRead::Embedder(EmbedderRead::Icr) => {
-            let apic = vp.shared.apic;
-            Some(u64::from(apic.read(reg::ICR_HIGH)) << 32 | u64::from(apic.read(reg::ICR_LOW)))
+impl VpHyperV {
+    /// RDMSR of a synthetic MSR; `None`: #GP.
+    pub fn read_msr(&self, shared: &Shared, number: u32) -> Option<u64> {
+        if !shared.enlighten {
+            return None;
         }
-        MsrRead::Embedder(EmbedderRead::Tpr) => Some(u64::from(vp.shared.apic.read(reg::TPR))),
+        match shared.hyperv.interface.msr_read(&self.msrs, number, 0) {
+            MsrRead::Value(value) => Some(value),
+            MsrRead::Fault | MsrRead::NotMine => None,
+            MsrRead::Embedder(EmbedderRead::Icr) => {
+                let apic = shared.apic;
+                Some(u64::from(apic.read(reg::ICR_HIGH)) << 32 | u64::from(apic.read(reg::ICR_LOW)))
+            }
+            MsrRead::Embedder(EmbedderRead::Tpr) => Some(u64::from(shared.apic.read(reg::TPR))),
+        }
     }
-}
 
-/// WRMSR of a synthetic MSR; `false`: #GP.
-pub fn write_msr(vp: &mut Vp, number: u32, value: u64) -> bool {
-    if !vp.shared.enlighten {
-        return false;
-    }
-    let action = match vp.shared.hyperv.interface.msr_write(&vp.hyperv.msrs, number, value) {
-        MsrWrite::Done => return true,
-        MsrWrite::Fault | MsrWrite::NotMine => return false,
-        MsrWrite::Embedder(action) => action,
-    };
-    match action {
-        Action::Overlay(change) => overlay_changed(vp, change.which),
-        Action::Eoi(value) => mmio::apic_write(vp, reg::EOI, value),
-        Action::Icr(value) => {
-            mmio::apic_write(vp, reg::ICR_HIGH, (value >> 32) as u32);
-            mmio::apic_write(vp, reg::ICR_LOW, value as u32);
+    /// WRMSR of a synthetic MSR by processor `id`, which is this one; `false`: #GP.
+    pub fn write_msr(
+        &mut self,
+        shared: &'static Shared,
+        id: usize,
+        counters: &Counters,
+        number: u32,
+        value: u64,
+    ) -> bool {
+        if !shared.enlighten {
+            return false;
         }
-        Action::Tpr(value) => mmio::apic_write(vp, reg::TPR, u32::from(value)),
-        // Not offered.
-        Action::Crash(_) | Action::Reset | Action::StopTscEmulation => {}
+        let action = match shared.hyperv.interface.msr_write(&self.msrs, number, value) {
+            MsrWrite::Done => return true,
+            MsrWrite::Fault | MsrWrite::NotMine => return false,
+            MsrWrite::Embedder(action) => action,
+        };
+        match action {
+            Action::Overlay(change) => self.overlay_changed(shared, counters, change.which),
+            Action::Eoi(value) => mmio::apic_write(shared, id, reg::EOI, value),
+            Action::Icr(value) => {
+                mmio::apic_write(shared, id, reg::ICR_HIGH, (value >> 32) as u32);
+                mmio::apic_write(shared, id, reg::ICR_LOW, value as u32);
+            }
+            Action::Tpr(value) => mmio::apic_write(shared, id, reg::TPR, u32::from(value)),
+            // Not offered.
+            Action::Crash(_) | Action::Reset | Action::StopTscEmulation => {}
+        }
+        true
     }
-    true
-}
 
-/// Makes L0's tables and the shadows agree with where L1 has its overlay page now.
-fn overlay_changed(vp: &mut Vp, which: Overlay) {
-    let shared = vp.shared;
-    let interface = &shared.hyperv.interface;
-    let old = {
-        let mut npt = shared.npt01.lock();
-        let to = interface.overlay(which).map(L1Gpa::raw);
-        let page = HyperV::overlay_page(which);
-        let old = OVERLAYS.place(which, to, page);
-        if let Some(gpa) = old.filter(|gpa| OVERLAYS.at(*gpa).is_none()) {
-            let _ = npt.set_overlay(gpa, None);
+    /// Makes L0's tables and the shadows agree with where L1 has its overlay page now.
+    fn overlay_changed(&mut self, shared: &'static Shared, counters: &Counters, which: Overlay) {
+        let interface = &shared.hyperv.interface;
+        let old = {
+            let mut npt = shared.npt01.lock();
+            let to = interface.overlay(which).map(L1Gpa::raw);
+            let page = HyperV::overlay_page(which);
+            let old = OVERLAYS.place(which, to, page);
+            if let Some(gpa) = old.filter(|gpa| OVERLAYS.at(*gpa).is_none()) {
+                let _ = npt.set_overlay(gpa, None);
+            }
+            if let Some(gpa) = to
+                && npt.set_overlay(gpa, Some(page)).is_err()
+            {
+                crate::say!("l0: no page to map the overlay at {gpa:#x}");
+            }
+            old
+        };
+        // Every VP forgets what it cached of the two places.
+        let shootdown = &mut self.shootdown;
+        let hyperv = &shared.hyperv;
+        let posted = hyperv.domain.flush_l1(&hyperv.map, VpSet::All, GvaScope::Everything, shootdown);
+        settle(shared, shootdown, posted, counters);
+        for gpa in [old, interface.overlay(which).map(L1Gpa::raw)].into_iter().flatten() {
+            let scope = SecondStageScope::L1Pages { first: L1Gpa::new(gpa), pages: 1 };
+            let posted = hyperv.domain.flush_second_stage(scope, shootdown);
+            settle(shared, shootdown, posted, counters);
         }
-        if let Some(gpa) = to
-            && npt.set_overlay(gpa, Some(page)).is_err()
-        {
-            crate::say!("l0: no page to map the overlay at {gpa:#x}");
-        }
-        old
-    };
-    // Every VP forgets what it cached of the two places.
-    let shootdown = &mut vp.hyperv.shootdown;
-    let hyperv = &shared.hyperv;
-    let posted = hyperv.domain.flush_l1(&hyperv.map, VpSet::All, GvaScope::Everything, shootdown);
-    settle(shared, shootdown, posted, vp.counters);
-    for gpa in [old, interface.overlay(which).map(L1Gpa::raw)].into_iter().flatten() {
-        let scope = SecondStageScope::L1Pages { first: L1Gpa::new(gpa), pages: 1 };
-        let posted = hyperv.domain.flush_second_stage(scope, shootdown);
-        settle(shared, shootdown, posted, vp.counters);
     }
 }

@@ -97,7 +97,11 @@ fn page_fault(vp: &mut Vp, gpa: L2Gpa, error: u64) -> Result<(), Failure> {
             ..
         }) => {
             let kind = vp.shared.kind(l1.raw());
-            if kind == Kind::Plain { Err(Failure::UnexpectedFault) } else { mmio::write(vp, l1.raw(), kind) }
+            if kind == Kind::Plain {
+                return Err(Failure::UnexpectedFault);
+            }
+            mmio::write(vp, l1.raw(), kind);
+            Ok(())
         }
         // L2's own page tables on a page that L0 keeps, or an address that the processor does not have: L1 sees the
         // fault as it came, which it can act on.

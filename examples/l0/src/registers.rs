@@ -1,8 +1,15 @@
 //! The registers of a guest, as the library asks for them: those that a VMCB does not hold, and a hypercall's.
 
 use hvcore::hypercall::{Gpr, Registers, Xmm};
+use hw::decode::Mode;
 use hw::fpu;
+use nsvm::Fault;
 use nsvm::vmcb::Vmcb;
+
+use crate::exits;
+use crate::mmio::Storer;
+use crate::shared::Shared;
+use crate::vp::Vp;
 
 /// General-purpose registers.
 #[derive(Clone, Copy, Debug, Default)]
@@ -22,6 +29,31 @@ impl core::ops::DerefMut for Gprs {
     #[inline]
     fn deref_mut(&mut self) -> &mut hw::svm::Gprs {
         &mut self.0
+    }
+}
+
+impl Gprs {
+    /// The slot of register `number`, 0 to 15 by encoding.
+    pub fn slot(&mut self, number: u8) -> &mut u64 {
+        let g = &mut self.0;
+        match number & 15 {
+            0 => &mut g.rax,
+            1 => &mut g.rcx,
+            2 => &mut g.rdx,
+            3 => &mut g.rbx,
+            4 => &mut g.rsp,
+            5 => &mut g.rbp,
+            6 => &mut g.rsi,
+            7 => &mut g.rdi,
+            8 => &mut g.r8,
+            9 => &mut g.r9,
+            10 => &mut g.r10,
+            11 => &mut g.r11,
+            12 => &mut g.r12,
+            13 => &mut g.r13,
+            14 => &mut g.r14,
+            _ => &mut g.r15,
+        }
     }
 }
 
@@ -87,7 +119,7 @@ impl Registers for CallRegisters<'_> {
     }
 }
 
-const fn xmm_number(register: Xmm) -> u8 {
+pub(crate) const fn xmm_number(register: Xmm) -> u8 {
     match register {
         Xmm::Xmm0 => 0,
         Xmm::Xmm1 => 1,
@@ -95,5 +127,62 @@ const fn xmm_number(register: Xmm) -> u8 {
         Xmm::Xmm3 => 3,
         Xmm::Xmm4 => 4,
         Xmm::Xmm5 => 5,
+    }
+}
+
+impl Storer for Vp {
+    fn shared(&self) -> &'static Shared {
+        self.shared
+    }
+
+    fn id(&self) -> usize {
+        self.id
+    }
+
+    fn code(&mut self) -> ([u8; 15], usize) {
+        self.instruction()
+    }
+
+    fn mode(&mut self) -> Mode {
+        let v = self.vmcb();
+        if v.in_64bit_code() {
+            Mode::Bits64
+        } else if v.save.cs.attrib & 1 << 10 != 0 {
+            Mode::Bits32
+        } else {
+            Mode::Bits16
+        }
+    }
+
+    fn register(&mut self, number: u8) -> u64 {
+        match number {
+            0 => self.vmcb().save.rax,
+            4 => self.vmcb().save.rsp,
+            n => *self.m.gprs.slot(n),
+        }
+    }
+
+    fn set_register(&mut self, number: u8, value: u64) {
+        match number {
+            0 => self.vmcb().save.rax = value,
+            4 => self.vmcb().save.rsp = value,
+            n => *self.m.gprs.slot(n) = value,
+        }
+    }
+
+    fn goes_down(&mut self) -> bool {
+        self.vmcb().save.rflags & 1 << 10 != 0
+    }
+
+    fn pass(&mut self, length: u64) {
+        self.advance(length);
+    }
+
+    fn raise_gp(&mut self) {
+        exits::raise(self, Fault::GP);
+    }
+
+    fn raise_ud(&mut self) {
+        exits::raise(self, Fault::UD);
     }
 }

@@ -1,7 +1,6 @@
 //! What all processors of L0 share. Built once by the boot processor, then read-only but for atomics and one lock.
 
 use hw::apic::LocalApic;
-use hw::cpu::CpuidResult;
 use spin::Mutex;
 
 use crate::hyperv::HyperV;
@@ -10,21 +9,24 @@ use crate::l1map::IdentityMap;
 use crate::memory::L1Memory;
 use crate::mutant::Mutant;
 use crate::npt01::{Kind, Npt01};
-use nsvm::caps::Config;
+use crate::svm::SvmHost;
+
+/// The processor's virtualization extension, and what all VPs need to know of it.
+#[derive(Debug)]
+pub enum Vendor {
+    /// AMD-V.
+    Svm(SvmHost),
+}
 
 /// The state of the whole machine.
 #[derive(Debug)]
 pub struct Shared {
     /// L1's memory.
     pub memory: L1Memory,
-    /// L0's nested tables for L1; the lock is for growing them.
+    /// L0's second-stage tables for L1; the lock is for growing them.
     pub npt01: Mutex<Npt01<'static>>,
-    /// Value for nCR3 of VMCB01.
-    pub ncr3: u64,
-    /// Physical address of the MSR permission map of L1.
-    pub msrpm01: u64,
-    /// Physical address of the IO permission map of L1.
-    pub iopm01: u64,
+    /// Physical address of their root.
+    pub root01: u64,
     /// Inter-processor interrupts.
     pub ipis: Ipis,
     /// Access to the processor's own local APIC.
@@ -35,10 +37,10 @@ pub struct Shared {
     pub address_bits: u32,
     /// The processor has 1 GiB pages.
     pub gib_pages: bool,
-    /// What L1 is offered of SVM.
-    pub config: Config,
-    /// CPUID leaf 0x8000_000A of the hardware.
-    pub svm: CpuidResult,
+    /// What the vendor's extension offers, to L0 and to L1.
+    pub vendor: Vendor,
+    /// CPUID leaf 0x8000_000A (SVM) as L1 sees it: EAX to EDX.
+    pub svm_leaf: [u32; 4],
     /// The Hyper-V interface.
     pub hyperv: HyperV,
     /// It is offered to L1.

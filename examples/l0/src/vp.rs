@@ -19,6 +19,7 @@ use crate::exits;
 use crate::fatal::Failure;
 use crate::fetch::Fetch;
 use crate::hyperv::{self, VpHyperV};
+use crate::lapic;
 use crate::memory::L1Memory;
 use crate::mutant::Mutant;
 use crate::nested;
@@ -26,6 +27,7 @@ use crate::pages::{Pages, PagesPa, keep, shadow_tables};
 use crate::permissions::{IOPM01, MSRPM01};
 use crate::registers::Gprs;
 use crate::shared::Shared;
+use crate::svm::SvmHost;
 use hvcore::flush::LocalFlush;
 use nsvm::vmcb::bits::{DR7_RESET, Intercepts, efer, int_ctl, misc1, misc2};
 use nsvm::vmcb::{Segment, Vmcb};
@@ -57,6 +59,8 @@ pub struct Vp {
     pub id: usize,
     /// The whole machine.
     pub shared: &'static Shared,
+    /// What the machine has of SVM.
+    pub svm: &'static SvmHost,
     /// What the library works on: VMCBs, registers, maps, ASIDs, memory.
     pub m: Machine<'static, Gprs, L1Memory, Fetch>,
     /// Where the pages are.
@@ -93,21 +97,22 @@ impl Vp {
     pub unsafe fn new(
         id: usize,
         shared: &'static Shared,
+        svm: &'static SvmHost,
         pages: &'static mut Pages,
         pa: PagesPa,
     ) -> Result<Self, Failure> {
         // SAFETY: the host save page and the state page are this VP's alone; SVM is there (checked at boot).
         unsafe {
-            if !svm::enable(pa.host_save) {
+            if !hw::svm::enable(pa.host_save) {
                 return Err(Failure::SvmDisabled);
             }
-            svm::clgi();
-            svm::vmsave(pa.host_state);
+            hw::svm::clgi();
+            hw::svm::vmsave(pa.host_state);
         }
         // SAFETY: every processor with SVM has APIC_BASE.
         let apic_base = unsafe { msr::rdmsr(msr::APIC_BASE) };
-        let by_asid = shared.svm.edx & 1 << 6 != 0;
-        let asids = AsidPool::new(id as u32, shared.svm.ebx, by_asid).ok_or(Failure::TooFewAsids)?;
+        let by_asid = svm.leaf.edx & 1 << 6 != 0;
+        let asids = AsidPool::new(id as u32, svm.leaf.ebx, by_asid).ok_or(Failure::TooFewAsids)?;
         let Pages { vmcb01, vmcb02, msrpm02, iopm02, .. } = pages;
         let mut m = Machine {
             vmcb01,
@@ -121,13 +126,14 @@ impl Vp {
             memory: &shared.memory,
             code: keep(Fetch::new(&shared.memory))?,
         };
-        let nested = NestedSvm::new(shared.config, &mut m.msrpm02, &mut m.iopm02);
+        let nested = NestedSvm::new(svm.config, &mut m.msrpm02, &mut m.iopm02);
         let shadow = shadow_tables()?;
         let hyperv = shared.hyperv.vp(id).ok_or(Failure::TooManyCpus)?;
         let flush = shared.hyperv.domain.local(id as u16).ok_or(Failure::TooManyCpus)?;
         let mut vp = Self {
             id,
             shared,
+            svm,
             m,
             pa,
             apic_base,
@@ -151,10 +157,10 @@ impl Vp {
     fn set_controls(&mut self) {
         let v = &mut *self.m.vmcb01;
         v.control.intercepts = INTERCEPTS;
-        v.control.iopm_base = self.shared.iopm01;
-        v.control.msrpm_base = self.shared.msrpm01;
+        v.control.iopm_base = self.svm.iopm01;
+        v.control.msrpm_base = self.svm.msrpm01;
         v.control.np_control = 1;
-        v.control.n_cr3 = self.shared.ncr3;
+        v.control.n_cr3 = self.shared.root01;
         v.control.asid = 1;
         v.control.tlb_control = 1;
         v.control.int_ctl = 0;
@@ -295,7 +301,7 @@ impl Vp {
         self.m.vmcb02.control.as_mut_bytes().fill(0);
         self.set_controls();
         self.shadow.flush_everything();
-        self.nested = match NestedSvm::restore(self.shared.config, &saved, &mut self.m) {
+        self.nested = match NestedSvm::restore(self.svm.config, &saved, &mut self.m) {
             Ok(nested) => nested,
             Err(error) => return Err(Failure::NotRestored(error)),
         };
@@ -410,7 +416,7 @@ impl Vp {
         self.nested.reset();
         self.flush.forget_context();
         self.hyperv.msrs.reset();
-        self.reset_apic();
+        lapic::reset(self.shared, self.id);
         self.waiting = self.apic_base & apic::BASE_BSP == 0;
         self.init_held = false;
         if let Some(vector) = self.held_sipi.take()
@@ -418,33 +424,6 @@ impl Vp {
         {
             self.start_up(vector);
         }
-    }
-
-    /// An INIT clears the local APIC but for its id (APM volume 2, 16.3.1): local vectors masked, no timer, no
-    /// logical destination, software-disabled.
-    fn reset_apic(&mut self) {
-        const LVTS: [u64; 6] = [0x320, 0x330, 0x340, 0x350, 0x360, 0x370];
-        let a = self.shared.apic;
-        if a.is_x2apic() {
-            return;
-        }
-        // SAFETY: none of these sends an interrupt; the APIC is passed through to the guest being reset.
-        unsafe {
-            for lvt in LVTS {
-                a.write(lvt, 1 << 16);
-            }
-            a.write(0x380, 0);
-            a.write(0x3e0, 0);
-            a.write(apic::reg::LDR, 0);
-            a.write(apic::reg::DFR, u32::MAX);
-            a.write(0x80, 0);
-            for _ in 0..256 {
-                a.write(apic::reg::EOI, 0);
-            }
-            a.write(apic::reg::SPURIOUS, 0xff);
-        }
-        self.shared.ipis.set_ldr(self.id, 0);
-        self.shared.ipis.set_dfr(self.id, u32::MAX);
     }
 
     /// The VMCB of the level that runs, or has just run.
