@@ -12,6 +12,7 @@
 
 pub mod bits;
 pub mod caps;
+pub mod check;
 pub mod controls;
 pub mod evmcs;
 pub mod exit_reason;
