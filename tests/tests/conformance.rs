@@ -127,7 +127,7 @@ fn broken_maps_are_found() {
 /// The kick window on the model: an NMI raised before VMRUN is taken right after it.
 fn kicks(lost: bool) -> Result<(), String> {
     let shape = Shape { partitions: 1, vps: 1, cpus: 1, features: Features::TCG, seed: 1, mistake: None };
-    let mut storage = Storage::new(&shape);
+    let mut storage = Storage::new(shape.partitions, shape.vps);
     let mut world = World::new(&shape, &mut storage);
     world.off(0, 0);
     // A VP of the flush engine beside the world's: its guest is L1 of the world's VP.

@@ -16,7 +16,7 @@ fn shape(features: Features, seed: u64) -> Shape {
 
 /// `n` actions by chance, or the first broken rule.
 fn run(shape: Shape, n: u32) -> Result<Vec<Counts>, String> {
-    let mut storage = Storage::new(&shape);
+    let mut storage = Storage::new(shape.partitions, shape.vps);
     let mut world = World::new(&shape, &mut storage);
     for _ in 0..n {
         by_chance(&mut world);
@@ -40,7 +40,7 @@ fn partitions_share_processors() {
 #[test]
 fn a_flush_reaches_only_its_partition() {
     let shape = shape(FEW, 9);
-    let mut storage = Storage::new(&shape);
+    let mut storage = Storage::new(shape.partitions, shape.vps);
     let mut world = World::new(&shape, &mut storage);
     // Everyone's L2 runs, with the same VM_ID and VP_IDs.
     for p in 0..3 {

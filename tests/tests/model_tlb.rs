@@ -243,6 +243,26 @@ fn an_empty_bus_reads_ones_and_is_counted() {
 }
 
 #[test]
+fn memory_goes_back_to_what_was_kept() {
+    let mut mem = PhysMem::new(0x4000);
+    mem.write(0, 8, 1);
+    mem.write(0x1008, 8, 2);
+    mem.keep();
+    mem.write(0, 1, 3);
+    mem.write_bytes(0x2FF8, &[4; 16]);
+    assert_eq!(mem.cmpxchg(0x1008, 4, 2, 5), Ok(()));
+    mem.read(0x5000, 8);
+    mem.rewind();
+    let words = [0, 0x1008, 0x2FF8, 0x3000].map(|at| mem.read(at, 8));
+    assert_eq!((words, mem.strays()), ([1, 2, 0, 0], 0));
+    // And again: what was rewound counts as unwritten, what comes after does not.
+    mem.write(0, 8, 6);
+    assert_eq!(mem.read(0, 8), 6);
+    mem.rewind();
+    assert_eq!(mem.read(0, 8), 1);
+}
+
+#[test]
 fn threads_lose_no_byte() {
     let mem = PhysMem::new(0x1000);
     std::thread::scope(|s| {

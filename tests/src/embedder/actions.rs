@@ -1,5 +1,7 @@
 //! Sequences of actions: by chance for tests, from bytes for the fuzzer.
 
+use std::cell::RefCell;
+
 use super::guests::{Entry, vmcb12};
 use super::layout::{self, PAGES};
 use super::{Counts, Shape, Storage, World, is_host};
@@ -190,15 +192,25 @@ pub fn run(bytes: &[u8]) -> Result<Vec<Counts>, String> {
     let features = if start & 1 == 0 { Features::TCG } else { Features { asids: 6, ..Features::FULL } };
     let features = Features { asids: features.asids.min(3 + u32::from(start >> 1 & 15)), ..features };
     let shape = Shape {
-        partitions: 2,
-        vps: 2,
+        partitions: SIZE,
+        vps: SIZE,
         cpus: 1 + usize::from(start >> 5 & 1),
         features,
         seed: b.u16().into(),
         mistake: None,
     };
-    let mut storage = Storage::new(&shape);
-    let mut world = World::new(&shape, &mut storage);
+    STORAGE.with_borrow_mut(|storage| drive(b, World::new(&shape, storage)))
+}
+
+/// Partitions and VPs of each, in every input.
+const SIZE: usize = 2;
+
+thread_local! {
+    /// From one input to the next, so that an input costs what it does and not what it does not touch.
+    static STORAGE: RefCell<Storage> = RefCell::new(Storage::new(SIZE, SIZE));
+}
+
+fn drive(mut b: Bytes<'_>, mut world: World<'_>) -> Result<Vec<Counts>, String> {
     for _ in 0..48 {
         if b.0.is_empty() {
             break;

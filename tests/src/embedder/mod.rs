@@ -25,7 +25,6 @@
 //! 6. what a guest whose tables are in order reads or writes is where its tables say, now;
 //! 7. a flush ends: all its targets acknowledge.
 
-use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::atomic::AtomicU16;
 
@@ -48,6 +47,7 @@ pub mod vp;
 use crate::model::mem::PhysMem;
 use crate::model::rng::Rng;
 use crate::model::svm;
+use crate::model::tlb::FxMap;
 use guests::Tables;
 use layout::VpPlaces;
 use memory::L1View;
@@ -99,9 +99,14 @@ pub struct Shape {
     pub mistake: Option<Mistake>,
 }
 
-/// What partitions share with their VPs' owners.
+/// What partitions share with their VPs' owners, and the memory. Serves one world after the other; a later one starts
+/// from what the first one laid out.
 pub struct Storage {
     partitions: Vec<PartitionStorage>,
+    mem: Rc<PhysMem>,
+    own: OwnMaps,
+    /// What the memory says to begin with, once it has been laid out.
+    tables: Vec<Tables>,
 }
 
 struct PartitionStorage {
@@ -114,19 +119,65 @@ struct PartitionStorage {
 }
 
 impl Storage {
-    /// For a machine of `shape`.
-    pub fn new(shape: &Shape) -> Self {
+    /// For machines of `partitions` partitions with `vps` VPs each.
+    pub fn new(partitions: usize, vps: usize) -> Self {
         let words = |n: usize| (0..n).map(|_| AtomicU64::new(0)).collect();
         let partition = |_| PartitionStorage {
-            flush: (0..shape.vps).map(|_| VpFlush::new()).collect(),
+            flush: (0..vps).map(|_| VpFlush::new()).collect(),
             buckets: words(16),
-            groups: words(9 * TargetIndex::group_words(shape.vps)),
-            map: (0..shape.vps).map(|_| AtomicU16::new(0)).collect(),
+            groups: words(9 * TargetIndex::group_words(vps)),
+            map: (0..vps).map(|_| AtomicU16::new(0)).collect(),
             known: words(1),
-            vps: (0..shape.vps).map(|_| VpStorage::default()).collect(),
+            vps: (0..vps).map(|_| VpStorage::default()).collect(),
         };
-        Self { partitions: (0..shape.partitions).map(partition).collect() }
+        Self {
+            partitions: (0..partitions).map(partition).collect(),
+            mem: Rc::new(PhysMem::starting_at(HOST, layout::PARTITION_BYTES * partitions as u64)),
+            own: OwnMaps::default(),
+            tables: Vec::new(),
+        }
     }
+
+    /// Everything as it was at first.
+    fn reset(&mut self) {
+        let mem = Rc::get_mut(&mut self.mem).expect("the world before is gone");
+        if self.tables.is_empty() {
+            let vps = self.partitions.iter().map(|p| p.vps.len());
+            self.tables = vps.enumerate().map(|(p, vps)| lay_out(mem, p, vps, &self.own)).collect();
+            mem.keep();
+            for (p, partition) in self.partitions.iter().enumerate() {
+                partition.vps.iter().enumerate().for_each(|(v, vp)| vp.lend(mem, VpPlaces::of(p, v)));
+            }
+        } else {
+            mem.rewind();
+        }
+        for p in &mut self.partitions {
+            p.flush.fill_with(VpFlush::new);
+            for words in [&mut p.buckets, &mut p.groups, &mut p.known] {
+                words.fill_with(|| AtomicU64::new(0));
+            }
+            p.map.fill_with(|| AtomicU16::new(0));
+            p.vps.iter_mut().for_each(VpStorage::reset);
+        }
+    }
+}
+
+/// Fills the memory of partition `p`; what its guests' tables say.
+fn lay_out(mem: &PhysMem, p: usize, vps: usize, own: &OwnMaps) -> Tables {
+    let tables = guests::lay_out(mem, p, vps);
+    let at = VpPlaces::of(p, 0);
+    for (n, word) in (0..).zip(own.msr.iter()) {
+        mem.write(at.msrpm01 + n * 8, 8, *word);
+    }
+    for (n, word) in (0..).zip(own.io.iter()).filter(|(_, word)| **word != 0) {
+        mem.write(at.iopm01 + n * 8, 8, *word);
+    }
+    for at in (0..vps).map(|v| VpPlaces::of(p, v)) {
+        // Both merged maps begin as all ones.
+        mem.write_bytes(at.msrpm02, &[0xFF; 0x2000]);
+        mem.write_bytes(at.iopm02, &[0xFF; 0x3000]);
+    }
+    tables
 }
 
 /// What was counted in a partition.
@@ -179,7 +230,7 @@ pub struct Pcpu {
     /// The VP whose guest it runs: partition and VP.
     pub running: Option<(usize, usize)>,
     /// Which context left translations under an ASID.
-    owners: HashMap<u32, Owner>,
+    owners: FxMap<u32, Owner>,
 }
 
 /// What an ASID may stand for: VP, level, nested context.
@@ -206,7 +257,7 @@ pub struct World<'a> {
     pub mistake: Option<Mistake>,
     /// The slot of the last action by chance.
     pub hot: usize,
-    own: OwnMaps,
+    own: &'a OwnMaps,
 }
 
 fn features(f: &svm::Features) -> Features {
@@ -237,16 +288,18 @@ fn config(f: &svm::Features) -> Config {
 impl<'a> World<'a> {
     /// A machine of `shape`, with every L1 booted.
     pub fn new(shape: &Shape, storage: &'a mut Storage) -> Self {
-        let mem = Rc::new(PhysMem::starting_at(HOST, layout::PARTITION_BYTES * shape.partitions as u64));
+        storage.reset();
+        let Storage { partitions, mem, own, tables } = storage;
+        let (mem, own) = (Rc::clone(mem), &*own);
         let config = config(&shape.features);
         let cpu = |n: usize| {
             let mut hw = svm::Cpu::new(shape.features, shape.seed.wrapping_add((n as u64) << 32));
             hw.gif = false;
             let asids = AsidPool::new(n as u32, shape.features.asids, shape.features.flush_by_asid).expect("ASIDs");
-            Pcpu { hw, asids, running: None, owners: HashMap::new() }
+            Pcpu { hw, asids, running: None, owners: FxMap::default() }
         };
-        let own = OwnMaps::default();
-        let partitions = (0..).zip(&mut storage.partitions).map(|(p, s)| partition(p, s, shape, &mem, &own, config));
+        let partitions = partitions.iter_mut().zip(tables).enumerate();
+        let partitions = partitions.map(|(p, (s, tables))| partition(p, s, tables.clone(), &mem, config));
         let mut world = Self {
             partitions: partitions.collect(),
             cpus: (0..shape.cpus).map(cpu).collect(),
@@ -287,25 +340,16 @@ impl<'a> World<'a> {
 fn partition<'a>(
     p: usize,
     storage: &'a mut PartitionStorage,
-    shape: &Shape,
+    tables: Tables,
     mem: &Rc<PhysMem>,
-    own: &OwnMaps,
     config: Config,
 ) -> Partition<'a> {
     let PartitionStorage { flush, buckets, groups, map, known, vps } = storage;
-    let interface = hyperv::interface(shape.vps as u32);
+    let interface = hyperv::interface(vps.len() as u32);
     let map = VpIndexMap::new(map, known).expect("a map");
-    let index = TargetIndex::new(shape.vps, buckets, groups).expect("an index");
+    let index = TargetIndex::new(vps.len(), buckets, groups).expect("an index");
     let domain = FlushDomain::new(&flush[..], index);
     let memory = L1View::new(mem.clone(), layout::base(p));
-    let tables = guests::lay_out(mem, p, shape.vps);
-    let at = VpPlaces::of(p, 0);
-    for (n, word) in (0..).zip(own.msr.iter()) {
-        mem.write(at.msrpm01 + n * 8, 8, *word);
-    }
-    for (n, word) in (0..).zip(own.io.iter()).filter(|(_, word)| **word != 0) {
-        mem.write(at.iopm01 + n * 8, 8, *word);
-    }
     let vps = vps.iter_mut().enumerate().map(|(v, storage)| {
         let slot = VpSlot::new(v as u32).expect("a slot");
         map.assign(v as u32, slot).expect("free");

@@ -29,7 +29,7 @@ macro_rules! parts {
         let $vp = &mut $partition.vps[$v];
         let $code = Bytes($vp.op);
         #[allow(unused_mut)]
-        let mut $m = machine(&mut $vp.hw, &mut $cpu.asids, &$world.own, &$partition.memory, &$code);
+        let mut $m = machine($vp.hw, &mut $cpu.asids, $world.own, &$partition.memory, &$code);
         let _ = &$m;
     };
 }
@@ -44,7 +44,6 @@ impl World<'_> {
         if let Some(due) = vp.flush.enter(level) {
             flushed = true;
             if self.mistake != Some(Mistake::NoDrain) {
-                vp.touched = true;
                 hyperv::apply(&mut vp.nested, &mut vp.shadow, level, &due);
             }
         }
@@ -73,7 +72,7 @@ impl World<'_> {
         let cpu = &mut self.cpus[c];
         let vp = &mut self.partitions[p].vps[v];
         let at = vp.hw.at;
-        let tight = vp.store(&self.mem, level == Level::L2, &self.own);
+        let tight = vp.store(&self.mem, level == Level::L2, self.own);
         cpu.hw.regs = vp.hw.regs.0;
         if plan.exit_soon {
             cpu.hw.lines.nmi();
@@ -210,10 +209,7 @@ impl World<'_> {
                 partition.counts.entered += 1;
                 self.enter_l2(p, v, invalidate);
             }
-            L1Exit::InvalidateAsid { asid } => {
-                vp.touched = true;
-                _ = vp.shadow.flush_asid(asid);
-            }
+            L1Exit::InvalidateAsid { asid } => _ = vp.shadow.flush_asid(asid),
             L1Exit::NotMine => self.own_exit(c, p, v),
             L1Exit::Shutdown => self.reset(p, v, "VMCB12 lost at VMRUN"),
         }
@@ -222,7 +218,6 @@ impl World<'_> {
     /// L1 executed VMRUN: announces the nested context and activates its shadow.
     fn enter_l2(&mut self, p: usize, v: usize, invalidate: Invalidate) {
         let vp = &mut self.partitions[p].vps[v];
-        vp.touched = true;
         match invalidate {
             Invalidate::None => {}
             Invalidate::Asid(asid) => _ = vp.shadow.flush_asid(asid),
@@ -270,7 +265,6 @@ impl World<'_> {
         match outcome {
             L2Exit::Resume | L2Exit::ToL1 => {}
             L2Exit::NestedPageFault { gpa, error_code } => {
-                vp.touched = true;
                 match vp.shadow.fault(&partition.memory, &partition.memory, gpa, error_code) {
                     NptOutcome::Resume => {}
                     NptOutcome::Reflect { info1, info2 } => self.exit_to_l1(c, p, v, exit_code::NPF, info1, info2),
@@ -286,10 +280,7 @@ impl World<'_> {
                     self.exit_to_l1(c, p, v, exit_code::SHUTDOWN, 0, 0);
                 }
             }
-            L2Exit::InvalidateAsid { asid } => {
-                vp.touched = true;
-                _ = vp.shadow.flush_asid(asid);
-            }
+            L2Exit::InvalidateAsid { asid } => _ = vp.shadow.flush_asid(asid),
             L2Exit::Embedder => self.own_exit(c, p, v),
             L2Exit::DirectFlush { next_rip } => self.direct_flush(c, p, v, next_rip),
             L2Exit::Shutdown => self.reset(p, v, "VMCB12 lost at an exit"),
@@ -519,7 +510,6 @@ impl World<'_> {
                 return;
             }
         }
-        vp.touched = true;
         let _ = vp.shadow.flush_everything();
         vp.flush.forget_context();
         if vp.nested.level() == Level::L2 {

@@ -1,5 +1,7 @@
 //! One virtual processor: what the library needs for it, and how it is put in the model's memory and taken out.
 
+use std::sync::Arc;
+
 use hvcore::addr::Hpa;
 use hvcore::flush::{LocalFlush, Shootdown};
 use hvcore::hypercall::Scratch;
@@ -15,7 +17,7 @@ use zerocopy::{FromZeros, IntoBytes};
 use super::layout::{self, VpPlaces};
 use super::memory::L1View;
 use crate::model::cpu::Op;
-use crate::model::mem::PhysMem;
+use crate::model::mem::{Lent, PhysMem};
 
 /// Shadow roots per VP.
 pub const ROOTS: usize = 2;
@@ -103,7 +105,7 @@ pub struct Hw {
 /// A virtual processor.
 pub struct Vp<'a> {
     /// What the processor reads.
-    pub hw: Hw,
+    pub hw: &'a mut Hw,
     /// The library's state machine.
     pub nested: NestedSvm,
     /// The shadow of L1's nested tables.
@@ -124,18 +126,28 @@ pub struct Vp<'a> {
     pub op: Op,
     /// Why it has been reset since its L1 was booted.
     pub fell: Option<&'static str>,
-    /// The shadow may have changed since the last entry of L2.
-    pub touched: bool,
-    pages: &'a [ShadowPage],
-    /// What is in the model's memory of the shadow, and of both maps.
-    mirror: Vec<u64>,
-    maps: Vec<u64>,
+    /// What is in the model's memory of both maps.
+    maps: &'a mut [u64; 1024 + 1536],
 }
 
-/// Storage of a VP that others may look at, or that its tables live in.
+/// The pages of a VP's shadow, as the model's memory has them.
+struct Pool(Arc<[ShadowPage]>);
+
+impl Lent for Pool {
+    fn bytes(&self) -> u64 {
+        self.0.len() as u64 * 4096
+    }
+    fn word(&self, offset: u64) -> u64 {
+        self.0[(offset >> 12) as usize].entry((offset & 4095) as usize >> 3)
+    }
+}
+
+/// Storage of a VP.
 pub struct VpStorage {
-    pages: Vec<ShadowPage>,
+    pages: Arc<[ShadowPage]>,
     records: Vec<PageRecord>,
+    hw: Hw,
+    maps: Box<[u64; 1024 + 1536]>,
 }
 
 impl Default for VpStorage {
@@ -143,7 +155,32 @@ impl Default for VpStorage {
         Self {
             pages: (0..SHADOW_PAGES).map(|_| ShadowPage::new()).collect(),
             records: (0..SHADOW_PAGES).map(|_| PageRecord::new()).collect(),
+            hw: Hw {
+                vmcb01: Box::new(Vmcb::new_zeroed()),
+                vmcb02: Box::new(Vmcb::new_zeroed()),
+                msrpm02: Box::new([0; 1024]),
+                iopm02: Box::new([0; 1536]),
+                regs: Regs::default(),
+                at: VpPlaces::of(0, 0),
+            },
+            maps: Box::new([0; 1024 + 1536]),
         }
+    }
+}
+
+impl VpStorage {
+    /// For the next VP. What [`Vp::new`] and the library fill themselves stays.
+    pub fn reset(&mut self) {
+        for vmcb in [&mut self.hw.vmcb01, &mut self.hw.vmcb02] {
+            vmcb.zero();
+        }
+        // As laid out.
+        self.maps.fill(u64::MAX);
+    }
+
+    /// Lends the shadow's pages to the memory, as those of the VP at `at`.
+    pub fn lend(&self, mem: &mut PhysMem, at: VpPlaces) {
+        mem.lend(at.pool, Arc::new(Pool(Arc::clone(&self.pages))));
     }
 }
 
@@ -178,18 +215,11 @@ impl<'a> Vp<'a> {
         flush: LocalFlush<'a>,
         msrs: VpInterface,
     ) -> Self {
-        let mut hw = Hw {
-            vmcb01: Box::new(Vmcb::new_zeroed()),
-            vmcb02: Box::new(Vmcb::new_zeroed()),
-            msrpm02: Box::new([0; 1024]),
-            iopm02: Box::new([0; 1536]),
-            regs: Regs::default(),
-            at,
-        };
+        let VpStorage { pages, records, hw, maps } = storage;
+        hw.at = at;
         let mut msr = MergedMap { words: &mut hw.msrpm02, base: Hpa::new(at.msrpm02) };
         let mut io = MergedMap { words: &mut hw.iopm02, base: Hpa::new(at.iopm02) };
         let nested = NestedSvm::new(config, &mut msr, &mut io);
-        let VpStorage { pages, records } = storage;
         let pages = &pages[..];
         let pool = PagePool::new(pages, records, |n| Hpa::new(at.pool + n as u64 * 4096)).expect("a pool");
         let mut vp = Self {
@@ -204,10 +234,7 @@ impl<'a> Vp<'a> {
             on: None,
             op: Op::Nop,
             fell: None,
-            pages,
-            touched: true,
-            mirror: vec![0; SHADOW_PAGES * 512],
-            maps: vec![0; 1024 + 1536],
+            maps,
         };
         vp.init();
         vp
@@ -243,7 +270,7 @@ impl<'a> Vp<'a> {
 
     /// Pages of its shadow tables.
     pub fn pool_pages(&self) -> u64 {
-        self.pages.len() as u64
+        SHADOW_PAGES as u64
     }
 
     /// The VMCB of the level that runs.
@@ -279,15 +306,6 @@ impl<'a> Vp<'a> {
                 for ((at, word), own) in (at..).step_by(8).zip(words).zip(own) {
                     mem.write(at, 8, *word);
                     tight &= own & !word == 0;
-                }
-            }
-        }
-        if std::mem::take(&mut self.touched) {
-            let entries = self.pages.iter().flat_map(|page| (0..512).map(|slot| page.entry(slot)));
-            for ((n, entry), known) in (0..).zip(entries).zip(&mut self.mirror) {
-                if *known != entry {
-                    *known = entry;
-                    mem.write(self.hw.at.pool + n * 8, 8, entry);
                 }
             }
         }

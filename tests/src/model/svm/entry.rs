@@ -141,7 +141,7 @@ impl Cpu {
             if self.features.nrip_save {
                 let nrip = op.filter(|_| exits_with_nrip(code));
                 let next = nrip.map_or(0, |op| self.wrap(self.state.rip.wrapping_add(self.length(op))));
-                self.cache.store(mem, vmcb, ctl::NRIP, 8, next);
+                self.cache.store(mem, vmcb, [(ctl::NRIP, 8, next)]);
             }
             if self.features.decode_assists {
                 mem.write(vmcb + ctl::FETCHED, 1, bytes.0);
@@ -155,19 +155,18 @@ impl Cpu {
     /// Back to the host: exit information, and the guest's state unless the entry was refused.
     fn leave(&mut self, mem: &PhysMem, code: u64, info1: u64, info2: u64, during: Option<Event>, ran: bool) {
         let Some(Guest { ctl: c, host, .. }) = self.guest.take() else { return };
-        let mut put = |off, size, value| self.cache.store(mem, c.vmcb, off, size, value);
-        put(ctl::EXITCODE, 8, code);
-        put(ctl::EXITINFO1, 8, info1);
-        put(ctl::EXITINFO2, 8, info2);
-        put(ctl::EXITINTINFO, 8, during.map_or(0, Event::encode));
-        put(ctl::EVENTINJ, 8, 0);
+        let head = [
+            (ctl::EXITCODE, 8, code),
+            (ctl::EXITINFO1, 8, info1),
+            (ctl::EXITINFO2, 8, info2),
+            (ctl::EXITINTINFO, 8, during.map_or(0, Event::encode)),
+            (ctl::EVENTINJ, 8, 0),
+        ];
+        self.cache.store(mem, c.vmcb, head);
         if ran {
-            for (off, size, value) in self.state.stored(c.npt.is_some(), c.lbr) {
-                put(off, size, value);
-            }
-            put(ctl::SHADOW, 8, u64::from(self.shadow));
             let tpr = if c.vintr & vintr::MASKING == 0 { self.cr8 } else { c.vintr & 0xF };
-            put(ctl::VINTR, 8, c.vintr & !0xF | tpr);
+            let tail = [(ctl::SHADOW, 8, u64::from(self.shadow)), (ctl::VINTR, 8, c.vintr & !0xF | tpr)];
+            self.cache.store(mem, c.vmcb, self.state.stored(c.npt.is_some(), c.lbr).chain(tail));
         }
         // FS, GS, TR, LDTR, the SYSCALL and SYSENTER registers, CR2, DR0-3, DR6 and CR8 stay the guest's.
         let kept = [seg::FS, seg::GS, seg::LDTR, seg::TR].map(|n| (n, self.state.seg[n]));
@@ -198,20 +197,14 @@ impl Cpu {
 
     /// VMSAVE and VMLOAD.
     pub(super) fn vmsave(&mut self, mem: &PhysMem, pa: u64) {
-        let mut out = Vec::new();
-        for n in [seg::FS, seg::GS, seg::LDTR, seg::TR] {
-            self.state.store_segment(n, &mut out);
-        }
-        out.extend(self.state.sys.iter().enumerate().map(|(n, v)| (save::STAR + n as u64 * 8, 8, *v)));
-        for (off, size, value) in out {
-            self.cache.store(mem, pa, off, size, value);
-        }
+        let segments = [seg::FS, seg::GS, seg::LDTR, seg::TR].into_iter().flat_map(|n| self.state.stored_segment(n));
+        let sys = (0..).zip(self.state.sys).map(|(n, value)| (save::STAR + n * 8, 8, value));
+        self.cache.store(mem, pa, segments.chain(sys));
     }
 
     /// See [`Self::vmsave`].
     pub(super) fn vmload(&mut self, mem: &PhysMem, pa: u64) {
-        // None of what VMLOAD reads is covered by a clean bit.
-        let image = self.cache.load(mem, pa, false);
+        let image = Image::for_vmload(mem, pa);
         for n in [seg::FS, seg::GS, seg::LDTR, seg::TR] {
             self.state.load_segment(&image, n);
         }

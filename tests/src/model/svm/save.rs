@@ -48,42 +48,34 @@ impl State {
     }
 
     /// What #VMEXIT writes to the save area: offset, size, value.
-    pub(super) fn stored(&self, nested: bool, lbr: bool) -> Vec<(u64, usize, u64)> {
-        let mut out = Vec::with_capacity(48);
-        for n in [seg::ES, seg::CS, seg::SS, seg::DS, seg::GDTR, seg::IDTR] {
-            self.store_segment(n, &mut out);
-        }
-        out.push((save::CPL, 1, u64::from(self.cpl)));
-        out.extend(
-            [
-                (save::EFER, self.efer),
-                (save::CR0, self.cr0),
-                (save::CR2, self.cr2),
-                (save::CR3, self.cr3),
-                (save::CR4, self.cr4),
-                (save::DR6, self.dr6),
-                (save::DR7, self.dr7),
-                (save::RFLAGS, self.rflags),
-                (save::RIP, self.rip),
-                (save::RSP, self.rsp),
-                (save::RAX, self.rax),
-            ]
-            .map(|(off, value)| (off, 8, value)),
-        );
-        if nested {
-            out.push((save::PAT, 8, self.pat));
-        }
-        if lbr {
-            out.extend(self.lbr.iter().enumerate().map(|(n, v)| (save::DEBUGCTL + n as u64 * 8, 8, *v)));
-        }
-        out
+    pub(super) fn stored(&self, nested: bool, lbr: bool) -> impl Iterator<Item = (u64, usize, u64)> {
+        let segments = [seg::ES, seg::CS, seg::SS, seg::DS, seg::GDTR, seg::IDTR];
+        let registers = [
+            (save::EFER, self.efer),
+            (save::CR0, self.cr0),
+            (save::CR2, self.cr2),
+            (save::CR3, self.cr3),
+            (save::CR4, self.cr4),
+            (save::DR6, self.dr6),
+            (save::DR7, self.dr7),
+            (save::RFLAGS, self.rflags),
+            (save::RIP, self.rip),
+            (save::RSP, self.rsp),
+            (save::RAX, self.rax),
+        ];
+        let branches = (0..).zip(self.lbr).map(|(n, value)| (save::DEBUGCTL + n * 8, value));
+        segments
+            .into_iter()
+            .flat_map(|n| self.stored_segment(n))
+            .chain([(save::CPL, 1, u64::from(self.cpl))])
+            .chain(registers.into_iter().map(|(off, value)| (off, 8, value)))
+            .chain(nested.then_some((save::PAT, 8, self.pat)))
+            .chain(branches.filter(move |_| lbr).map(|(off, value)| (off, 8, value)))
     }
 
-    pub(super) fn store_segment(&self, n: usize, out: &mut Vec<(u64, usize, u64)>) {
+    pub(super) fn stored_segment(&self, n: usize) -> [(u64, usize, u64); 2] {
         let (off, s) = (save::SEGMENTS + n as u64 * 16, self.seg[n]);
-        out.push((off, 2, u64::from(s.selector)));
-        out.push((off + 2, 2, u64::from(s.attributes)));
-        out.push((off + 4, 4, u64::from(s.limit)));
-        out.push((off + 8, 8, s.base));
+        let low = u64::from(s.selector) | u64::from(s.attributes) << 16 | u64::from(s.limit) << 32;
+        [(off, 8, low), (off + 8, 8, s.base)]
     }
 }

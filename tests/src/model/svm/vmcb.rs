@@ -200,19 +200,26 @@ const GROUPS: [(u32, u64, u64); 20] = [
 
 /// The parts of a VMCB that a CPU reads, as bytes.
 #[derive(Clone)]
-pub(super) struct Image(Box<[u8; 0x6A0]>);
+pub(super) struct Image([u8; 0x6A0]);
 
 /// The control area and save area as far as they are defined.
 const PARTS: [(usize, usize); 2] = [(0, 0x0E8), (0x400, 0x6A0)];
+/// What VMLOAD reads: FS to TR, and STAR to SYSENTER_EIP.
+const VMLOAD_PARTS: [(usize, usize); 2] = [(0x440, 0x4A0), (0x600, 0x640)];
 
 impl Image {
-    /// Copies the VMCB at `pa` once.
-    fn read(mem: &PhysMem, pa: u64) -> Self {
-        let mut image = Box::new([0; 0x6A0]);
-        for (from, to) in PARTS {
+    /// Copies these parts of the VMCB at `pa` once.
+    fn read(mem: &PhysMem, pa: u64, parts: [(usize, usize); 2]) -> Self {
+        let mut image = [0; 0x6A0];
+        for (from, to) in parts {
             mem.read_bytes(pa + from as u64, &mut image[from..to]);
         }
         Self(image)
+    }
+
+    /// What VMLOAD reads, which no clean bit covers.
+    pub(super) fn for_vmload(mem: &PhysMem, pa: u64) -> Self {
+        Self::read(mem, pa, VMLOAD_PARTS)
     }
 
     /// A field of `size` bytes.
@@ -243,12 +250,12 @@ impl Cache {
 
     /// Loads the VMCB at `pa`: a group whose clean bit is set may come from the copy of an earlier run.
     pub(super) fn load(&mut self, mem: &PhysMem, pa: u64, clean_bits: bool) -> Image {
-        let mut image = Image::read(mem, pa);
+        let mut image = Image::read(mem, pa, PARTS);
         if !clean_bits {
             return image;
         }
         let clean = image.get(ctl::CLEAN, 4) as u32;
-        if let Some(copy) = self.copies.get(&pa) {
+        if let Some(copy) = self.copies.get_mut(&pa) {
             for bit in 0..=12 {
                 if clean & (1 << bit) != 0 && self.rng.chance(self.use_copy) {
                     for (_, from, to) in GROUPS.iter().filter(|g| g.0 == bit) {
@@ -257,6 +264,8 @@ impl Cache {
                     }
                 }
             }
+            copy.0 = image.0;
+            return image;
         }
         if self.copies.len() >= 16 {
             self.copies.clear();
@@ -265,11 +274,14 @@ impl Cache {
         image
     }
 
-    /// Writes a field back, to memory and to the copy.
-    pub(super) fn store(&mut self, mem: &PhysMem, pa: u64, off: u64, size: usize, value: u64) {
-        mem.write(pa + off, size as u64, value);
-        if let Some(copy) = self.copies.get_mut(&pa) {
-            copy.set(off, size, value);
+    /// Writes fields back (offset, size, value), to memory and to the copy.
+    pub(super) fn store(&mut self, mem: &PhysMem, pa: u64, fields: impl IntoIterator<Item = (u64, usize, u64)>) {
+        let mut copy = self.copies.get_mut(&pa);
+        for (off, size, value) in fields {
+            mem.write(pa + off, size as u64, value);
+            if let Some(copy) = &mut copy {
+                copy.set(off, size, value);
+            }
         }
     }
 }
