@@ -1,5 +1,14 @@
 //! Exits of L1: the VMX instructions and MSRs.
 
+use hvcore::memory::GuestMemory;
+
+use crate::exit_reason;
+use crate::field::Field;
+use crate::machine::{Gprs, Linear, Machine, Vmcs};
+use crate::msr::{self, RCX};
+use crate::state::NestedVmx;
+use crate::step::{complete_instruction, inject_fault};
+
 /// What the embedder does after an exit of L1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum L1Exit {
@@ -49,4 +58,65 @@ impl Fault {
     pub const SS: Self = Self { vector: 12, error_code: Some(0), cr2: None };
     /// #GP(0).
     pub const GP: Self = Self { vector: 13, error_code: Some(0), cr2: None };
+}
+
+impl NestedVmx {
+    /// Deals with an exit of L1. VMCS01 has just run.
+    pub fn l1_exit<V, G, M, L>(&mut self, m: &mut Machine<'_, V, G, M, L>) -> L1Exit
+    where
+        V: Vmcs + ?Sized,
+        G: Gprs + ?Sized,
+        M: GuestMemory + ?Sized,
+        L: Linear + ?Sized,
+    {
+        let reason = m.vmcs01.read32(Field::ExitReason);
+        if reason & exit_reason::ENTRY_FAILURE == 0 {
+            m.vpids.entered(&mut self.tag1);
+        }
+        let outcome = match reason {
+            exit_reason::VMREAD => self.vmread(m),
+            exit_reason::VMWRITE => self.vmwrite(m),
+            exit_reason::VMPTRLD => self.vmptrld(m),
+            exit_reason::VMPTRST => self.vmptrst(m),
+            exit_reason::VMCLEAR => self.vmclear(m),
+            exit_reason::VMXON => self.vmxon(m),
+            exit_reason::VMXOFF => self.vmxoff(m.vmcs01),
+            exit_reason::INVVPID => self.invvpid(m),
+            exit_reason::INVEPT => return self.l1_invept(m),
+            exit_reason::VMFUNC => Err(Fault::UD),
+            exit_reason::RDMSR | exit_reason::WRMSR => return self.l1_msr(m, reason),
+            _ => return L1Exit::NotMine { reason },
+        };
+        self.finish(m, outcome)
+    }
+
+    fn l1_invept<V, G, M, L>(&mut self, m: &mut Machine<'_, V, G, M, L>) -> L1Exit
+    where
+        V: Vmcs + ?Sized,
+        G: Gprs + ?Sized,
+        M: GuestMemory + ?Sized,
+        L: Linear + ?Sized,
+    {
+        let (outcome, request) = self.invept(m);
+        let exit = self.finish(m, outcome);
+        request.map_or(exit, L1Exit::InvEpt)
+    }
+
+    fn l1_msr<V, G, M, L>(&mut self, m: &mut Machine<'_, V, G, M, L>, reason: u32) -> L1Exit
+    where
+        V: Vmcs + ?Sized,
+        G: Gprs + ?Sized,
+        M: ?Sized,
+        L: ?Sized,
+    {
+        let index = m.gprs.get(RCX) as u32;
+        if !msr::is_ours(index) {
+            return L1Exit::NotMine { reason };
+        }
+        match self.access_msr(m.gprs, index, reason == exit_reason::WRMSR) {
+            Ok(()) => complete_instruction(m.vmcs01),
+            Err(fault) => inject_fault(m.vmcs01, m.gprs, fault),
+        }
+        L1Exit::Resume
+    }
 }

@@ -3,7 +3,7 @@
 //! The crate is sans-I/O. The embedder runs the CPU and asks, around every VM entry of its own:
 //!
 //! 1. `NestedVmx::prepare_entry`: which VMCS, how;
-//! 2. after the VM exit, `NestedVmx::l1_exit` or `NestedVmx::l2_exit` by the level that ran: what to do.
+//! 2. after the VM exit, [`NestedVmx::l1_exit`] or `NestedVmx::l2_exit` by the level that ran: what to do.
 //!
 //! Each works on a [`Machine`]: the VP's two hardware VMCSs, its registers, its bitmaps, the CPU's VPIDs, L1's memory.
 #![no_std]
@@ -18,10 +18,13 @@ pub mod evmcs;
 pub mod exit_reason;
 pub mod field;
 pub mod groups;
+pub mod instructions;
 mod l1;
 mod machine;
 pub mod msr;
+mod operand;
 mod state;
+pub mod step;
 pub mod vmcs12;
 pub mod vpid;
 

@@ -3,10 +3,12 @@
 use hvcore::addr::{L1Gpa, Level};
 
 use crate::caps::Config;
+use crate::check::Refusal;
+use crate::evmcs::{Enlightenments, EvmcsCache};
 use crate::field::Field;
 use crate::groups::{self, Groups};
 use crate::machine::{MergedMap, Vmcs};
-use crate::msr::FEATURE_CONTROL_LOCKED;
+use crate::msr::feature_control;
 use crate::vmcs12::Vmcs12;
 use crate::vpid::Tag;
 
@@ -48,7 +50,9 @@ pub struct NestedVmx {
     pub(crate) vmcs12: Vmcs12,
     /// Groups of `vmcs12` that L1 changed since VMCS02 was made of it; all while VMCS02 is of another VMCS.
     pub(crate) changed: Groups,
+    pub(crate) evmcs: EvmcsCache,
     pub(crate) context: Context,
+    pub(crate) last_refusal: Option<Refusal>,
     pub(crate) tag1: Tag,
     pub(crate) tag2: Tag,
 }
@@ -61,13 +65,15 @@ impl NestedVmx {
         io_bitmaps02.words.fill(u64::MAX);
         Self {
             config,
-            feature_control: FEATURE_CONTROL_LOCKED,
+            feature_control: feature_control::ENABLED,
             vmxon: None,
             level: Level::L1,
             current: Current::None,
             vmcs12: Vmcs12::default(),
             changed: groups::ALL,
+            evmcs: EvmcsCache::new(),
             context: Context::default(),
+            last_refusal: None,
             tag1: Tag::default(),
             tag2: Tag::default(),
         }
@@ -88,6 +94,7 @@ impl NestedVmx {
     /// after VMXOFF of the processor.
     pub(crate) const fn leave_vmx(&mut self) {
         self.vmxon = None;
+        self.evmcs.release();
         self.current = Current::None;
         self.changed = groups::ALL;
     }
@@ -138,6 +145,32 @@ impl NestedVmx {
     #[inline]
     pub const fn context(&self) -> &Context {
         &self.context
+    }
+
+    /// The synthetic fields of the enlightened VMCS last entered; zero when none is active. They stay valid while L1
+    /// runs: the VP retains its nested context.
+    #[inline]
+    pub const fn enlightenments(&self) -> &Enlightenments {
+        self.evmcs.enlightenments()
+    }
+
+    /// The check that the last refused VM entry failed. For traces.
+    #[inline]
+    pub const fn last_refusal(&self) -> Option<Refusal> {
+        self.last_refusal
+    }
+
+    /// True when L1 may load `value` into CR0: in VMX operation some bits are fixed, else #GP(0). For the embedder's
+    /// CR0 intercept.
+    #[inline]
+    pub const fn allows_cr0(&self, value: u64) -> bool {
+        self.vmxon.is_none() || self.config.allows_cr0(value, false)
+    }
+
+    /// True when L1 may load `value` into CR4, as [`allows_cr0`](Self::allows_cr0); VMXE is one of the fixed bits.
+    #[inline]
+    pub const fn allows_cr4(&self, value: u64) -> bool {
+        self.vmxon.is_none() || self.config.allows_cr4(value)
     }
 
     /// Gives up the hardware tag of `level`: nothing cached under it is used again. The answer to a flush request of

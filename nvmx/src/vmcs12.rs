@@ -16,6 +16,8 @@
 //! becomes current and written when it ceases to be.
 
 use crate::field::{Encoding, Field};
+use hvcore::addr::L1Gpa;
+use hvcore::memory::{GuestMemory, MemoryError};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// The revision identifier, IA32_VMX_BASIC bits 30:0. It changes with the layout.
@@ -85,6 +87,15 @@ impl Vmcs12 {
             LaunchState::Clear => 0,
             LaunchState::Launched => 1,
         };
+    }
+
+    /// VMCLEAR of the region at `gpa`, which is not current: its launch state becomes clear.
+    ///
+    /// # Errors
+    /// There is no memory at `gpa`.
+    pub fn clear_launch_state<M: GuestMemory + ?Sized>(memory: &M, gpa: L1Gpa) -> Result<(), MemoryError> {
+        const OFFSET: u64 = core::mem::offset_of!(Vmcs12, launch_state) as u64;
+        memory.write(gpa.checked_add(OFFSET).ok_or(MemoryError)?, &0u32.to_le_bytes())
     }
 
     /// The value of a field.

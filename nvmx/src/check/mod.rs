@@ -17,6 +17,7 @@ mod host;
 mod msr;
 mod segments;
 
+pub(crate) use controls::eptp_is_valid;
 pub use controls::{Controls, controls};
 pub use guest::{Guest, guest};
 pub use host::{Host, host};

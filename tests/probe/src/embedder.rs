@@ -2,7 +2,7 @@
 
 use core::hint::black_box;
 use core::sync::atomic::AtomicU64;
-use hvcore::addr::{Hpa, L1Gpa, L2Gpa, Level};
+use hvcore::addr::{Gva, Hpa, L1Gpa, L2Gpa, Level};
 use hvcore::client::{HypercallPort, INPUT_WORDS, XMM_WORDS};
 use hvcore::hypercall::calls::*;
 use hvcore::hypercall::{Answer, Gpr, Registers, Xmm};
@@ -288,5 +288,43 @@ impl nsvm::Code for Bytes {
     fn fetch(&self, level: Level, vmcb: &nsvm::vmcb::Vmcb, bytes: &mut [u8; 15]) -> usize {
         black_box((level, vmcb, bytes));
         word() as usize
+    }
+}
+
+impl nvmx::Gprs for Regs {
+    fn get(&self, n: u8) -> u64 {
+        black_box(n);
+        word()
+    }
+    fn set(&mut self, n: u8, value: u64) {
+        black_box((n, value));
+    }
+    fn set_cr2(&mut self, value: u64) {
+        black_box(value);
+    }
+}
+
+/// A hardware VMCS whose fields hold anything.
+pub struct Fields;
+
+impl nvmx::Vmcs for Fields {
+    fn read(&self, field: nvmx::field::Field) -> u64 {
+        black_box(field);
+        word()
+    }
+    fn write(&mut self, field: nvmx::field::Field, value: u64) {
+        black_box((field, value));
+    }
+}
+
+/// Linear memory that holds anything or faults.
+impl nvmx::Linear for Memory {
+    fn read<V: nvmx::Vmcs + ?Sized>(&self, _: &V, address: Gva, buf: &mut [u8]) -> Result<(), nvmx::PageFault> {
+        black_box(buf);
+        may(nvmx::PageFault { address, error_code: word() as u32 })
+    }
+    fn write<V: nvmx::Vmcs + ?Sized>(&self, _: &V, address: Gva, bytes: &[u8]) -> Result<(), nvmx::PageFault> {
+        black_box(bytes);
+        may(nvmx::PageFault { address, error_code: word() as u32 })
     }
 }
