@@ -1,11 +1,17 @@
 //! Runs an image on an emulated machine, for a limited time, and collects what it printed.
 
 use crate::ctx::Result;
+use crate::diagnose;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+/// QEMU's monitor socket in a run's directory.
+const MONITOR: &str = "qmp";
+/// What Linux prints when a processor has made no progress for long.
+const LOCKED_UP: &str = "soft lockup";
 
 /// How QEMU executes guest code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -53,6 +59,8 @@ pub struct Run<'a> {
     pub icount: bool,
     /// What is typed at its serial port.
     pub typed: Option<Typed>,
+    /// Linux runs: where it is stuck, QEMU is asked whether that is QEMU's own fault.
+    pub linux: bool,
     /// Time limit.
     pub timeout: Duration,
     /// An empty directory for the run's files.
@@ -70,6 +78,8 @@ pub struct Ended {
     pub status: Option<i32>,
     /// Whether the run was cut off.
     pub timed_out: bool,
+    /// The fault of the emulator's that kept the run from its end.
+    pub fault: Option<String>,
     /// How long it took.
     pub time: Duration,
 }
@@ -115,10 +125,14 @@ pub fn qemu(run: &Run<'_>, accel: Accel) -> Result<Ended> {
     command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4"]);
     // Where the L0 hypervisor prints: its guest has the serial port.
     command.args(["-chardev", "file,id=l0,path=l0.txt", "-device", "isa-debugcon,iobase=0xe9,chardev=l0"]);
+    if run.linux {
+        command.args(["-qmp", &format!("unix:{MONITOR},server=on,wait=off")]);
+    }
     command.arg("-kernel").arg(run.image).args(["-append", run.args]);
     if !run.modules.is_empty() {
+        let name = |m: &Loaded| format!("{} {}", m.path.display(), m.args);
         // A comma inside a name is written twice.
-        let names = run.modules.iter().map(|m| format!("{} {}", m.path.display(), m.args).replace(',', ",,"));
+        let names = run.modules.iter().map(|m| name(m).trim_end().replace(',', ",,"));
         command.args(["-initrd", &names.collect::<Vec<_>>().join(",")]);
     }
     let mut ended = limited(&mut command, run)?;
@@ -184,7 +198,7 @@ fn limited(command: &mut Command, run: &Run<'_>) -> Result<Ended> {
     let (log, screen) = (run.directory.join("emulator.txt"), run.directory.join("serial.txt"));
     let file = File::create(&log)?;
     let name = command.get_program().to_string_lossy().into_owned();
-    let (start, mut pressed) = (Instant::now(), false);
+    let (start, mut looked, mut pressed, mut fault) = (Instant::now(), Instant::now(), false, None);
     // With somebody at the keyboard the serial port is the emulator's standard input and output.
     let (stdin, stdout) = match run.typed {
         Some(_) => (Stdio::piped(), File::create(&screen)?),
@@ -201,7 +215,13 @@ fn limited(command: &mut Command, run: &Run<'_>) -> Result<Ended> {
         if let Some(status) = child.try_wait()? {
             break (status.code(), false);
         }
-        if start.elapsed() > run.timeout {
+        let late = start.elapsed() > run.timeout;
+        let look = looked.elapsed() > Duration::from_secs(1);
+        if look {
+            looked = Instant::now();
+        }
+        if late || look && run.linux && read(&screen).contains(LOCKED_UP) {
+            fault = if run.linux { emulator_fault(run) } else { None };
             // SIGKILL: Bochs does not end at SIGTERM.
             child.kill()?;
             child.wait()?;
@@ -216,7 +236,15 @@ fn limited(command: &mut Command, run: &Run<'_>) -> Result<Ended> {
         }
         std::thread::sleep(Duration::from_millis(5));
     };
-    Ok(Ended { output: read(&screen), emulator: read(&log), status, timed_out, time: start.elapsed() })
+    Ok(Ended { output: read(&screen), emulator: read(&log), status, timed_out, fault, time: start.elapsed() })
+}
+
+/// Why Linux is stuck, if QEMU is to blame.
+fn emulator_fault(run: &Run<'_>) -> Option<String> {
+    diagnose::stale_breakpoint(&run.directory.join(MONITOR), run.cpus).unwrap_or_else(|e| {
+        eprintln!("cannot tell why Linux is stuck: {e}");
+        None
+    })
 }
 
 fn read(path: &Path) -> String {
@@ -233,6 +261,7 @@ mod tests {
             emulator: String::new(),
             status: Some(0),
             timed_out: false,
+            fault: None,
             time: Duration::ZERO,
         }
     }

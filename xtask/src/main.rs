@@ -6,6 +6,7 @@
 mod bench;
 mod count;
 mod ctx;
+mod diagnose;
 mod fuzz;
 mod images;
 mod initrd;

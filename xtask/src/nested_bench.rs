@@ -34,6 +34,7 @@ pub fn run(ctx: &Ctx, log: &mut Log, extension: Extension) -> Result<Vec<Count>>
         memory: 256,
         icount: true,
         typed: None,
+        linux: false,
         timeout: Duration::from_secs(120),
         directory: &directory,
     };

@@ -3,9 +3,9 @@
 use crate::ctx::{Ctx, Log, Result};
 use crate::images::{self, Freestanding, Images};
 use crate::linux::{self, Prepared};
-use crate::machine::{self, Accel, Loaded, Run};
+use crate::machine::{self, Accel, Ended, Loaded, Run};
 use crate::results::{self, ResultLine, Verdict};
-use crate::scenarios::{Chosen, Content, Machine, Scenario};
+use crate::scenarios::{BARE_LINUX, Chosen, Content, Machine, SCENARIOS, Scenario};
 use crate::setup;
 use crate::verdict::verdict;
 use crate::watch::{Progress, Watch};
@@ -14,7 +14,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// How often a run is repeated that failed for a fault of the emulator's.
+const RERUNS: usize = 2;
+
 /// How scenarios are run.
+#[derive(Clone, Copy)]
 pub struct Options {
     /// How QEMU executes guest code.
     pub accel: Accel,
@@ -101,13 +105,76 @@ fn run_one(
             counts: BTreeMap::new(),
         }]);
     }
+    let progress = Progress { what: format!("{} on {machine_name}", scenario.name), ..progress };
+    let counted = options.icount && cpus == 1 && matches!(scenario.machine, Machine::Qemu(_));
+    let mut faults = Vec::new();
+    loop {
+        let (ended, times) = run_once(ctx, options, ingredients, chosen, progress.clone())?;
+        let judged = verdict(scenario.expect, cpus, &ended);
+        if judged.is_err()
+            && let Some(fault) = emulators_fault(ctx, options, ingredients, scenario, &ended, &progress)?
+        {
+            faults.push(fault);
+            if faults.len() <= RERUNS {
+                continue;
+            }
+        }
+        let verdict = match (judged, faults.len() > RERUNS) {
+            (Ok(()), _) => Verdict::Pass,
+            (Err(_), true) => Verdict::Emulator(faults.join("\n  ")),
+            (Err(why), false) => Verdict::Fail(why),
+        };
+        let mut lines = results::of_run(chosen, &machine_name, &ended, &times, verdict, counted);
+        if let (Some(line), false) = (lines.first_mut(), faults.is_empty()) {
+            line.counts.insert("emulator_faults".to_string(), faults.len() as u64);
+        }
+        return Ok(lines);
+    }
+}
+
+/// What the emulator did wrong in a run that failed: what QEMU was seen to do, or else that the control, the same Linux
+/// on the bare emulator, fails as well.
+fn emulators_fault(
+    ctx: &Ctx,
+    options: &Options,
+    ingredients: &Ingredients,
+    scenario: &Scenario,
+    ended: &Ended,
+    progress: &Progress,
+) -> Result<Option<String>> {
+    if ended.fault.is_some() {
+        return Ok(ended.fault.clone());
+    }
+    let Some(control) = SCENARIOS.iter().find(|s| Some(s.name) == scenario.control) else { return Ok(None) };
+    let cpus = options.smp.unwrap_or(scenario.cpus);
+    let options = Options { smp: Some(cpus), ..*options };
+    let progress = Progress { what: format!("{}, the control of {}", control.name, scenario.name), ..progress.clone() };
+    let (ended, _) = run_once(ctx, &options, ingredients, &Chosen::whole(control), progress)?;
+    let failed = verdict(control.expect, cpus, &ended).is_err();
+    Ok(failed.then(|| format!("the control {} fails as well", control.name)))
+}
+
+/// One run of an emulator, and when each line of its output came.
+fn run_once(
+    ctx: &Ctx,
+    options: &Options,
+    ingredients: &Ingredients,
+    chosen: &Chosen,
+    progress: Progress,
+) -> Result<(Ended, Vec<Duration>)> {
+    let scenario = chosen.scenario;
+    let cpus = options.smp.unwrap_or(scenario.cpus);
+    let machine_name = scenario.machine_name(cpus);
     let directory = ctx.work_dir(&format!("run/{}-{}", scenario.name, machine_name.replace(' ', "-")))?;
     // What an earlier run left could pass for output of this one.
     fs::remove_dir_all(&directory)?;
     fs::create_dir_all(&directory)?;
     let counted = options.icount && cpus == 1 && matches!(scenario.machine, Machine::Qemu(_));
     let run = Run {
-        image: &ingredients.images.path(scenario.image),
+        image: &match scenario.image {
+            BARE_LINUX => ingredients.linux()?.kernel.clone(),
+            image => ingredients.images.path(image),
+        },
         args: &image_args(options, chosen, cpus, counted),
         modules: &modules(ingredients, chosen, cpus, &directory)?,
         cpu: scenario.machine.cpu(),
@@ -115,24 +182,25 @@ fn run_one(
         memory: scenario.memory,
         icount: counted,
         typed: scenario.typed,
+        linux: scenario.is_linux(),
         timeout: Duration::from_secs(options.timeout.unwrap_or(scenario.timeout)),
         directory: &directory,
     };
-    let progress = Progress { what: format!("{} on {machine_name}", scenario.name), ..progress };
     let watch = Watch::start(&directory.join("serial.txt"), progress);
     let ended = match scenario.machine {
         Machine::Qemu(_) => machine::qemu(&run, options.accel),
         Machine::Bochs(_) => machine::bochs(&run),
     };
     let times = watch.end();
-    let ended = ended?;
-    let verdict = verdict(scenario.expect, cpus, &ended).map_or_else(Verdict::Fail, |()| Verdict::Pass);
-    Ok(results::of_run(chosen, &machine_name, &ended, &times, verdict, counted))
+    Ok((ended?, times))
 }
 
 /// The command line of the image that boots.
 fn image_args(options: &Options, chosen: &Chosen, cpus: u32, counted: bool) -> String {
     let scenario = chosen.scenario;
+    if scenario.image == BARE_LINUX {
+        return scenario.args.to_string();
+    }
     let mut args = with_cpus(scenario.args, cpus);
     if scenario.image == "l1" {
         args += &parts(chosen);

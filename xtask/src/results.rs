@@ -16,6 +16,8 @@ pub enum Verdict {
     Pass,
     /// It did not: what to show.
     Fail(String),
+    /// It did not, and the emulator is to blame, again and again: why.
+    Emulator(String),
     /// It did not run, or what it is about is not there: why.
     Skip(String),
 }
@@ -26,6 +28,7 @@ impl Verdict {
         match self {
             Verdict::Pass => "pass",
             Verdict::Fail(_) => "fail",
+            Verdict::Emulator(_) => "emulator",
             Verdict::Skip(_) => "skip",
         }
     }
@@ -34,7 +37,7 @@ impl Verdict {
     fn why(&self) -> Option<&str> {
         match self {
             Verdict::Pass => None,
-            Verdict::Fail(why) | Verdict::Skip(why) => Some(why),
+            Verdict::Fail(why) | Verdict::Emulator(why) | Verdict::Skip(why) => Some(why),
         }
     }
 }
@@ -59,16 +62,16 @@ pub struct ResultLine {
 }
 
 impl ResultLine {
-    /// True when it failed.
+    /// True when it failed, whoever is to blame.
     pub fn failed(&self) -> bool {
-        matches!(self.verdict, Verdict::Fail(_))
+        matches!(self.verdict, Verdict::Fail(_) | Verdict::Emulator(_))
     }
 
     /// The table's line, and below it what there is to say.
     pub fn shown(&self) -> String {
         let number = |n: Option<u64>| n.map_or("-".to_string(), |n| n.to_string());
         let mut line = format!(
-            "{:<44} {:<18} {:<7} {:>8.2} {:>10} {:>15}",
+            "{:<44} {:<18} {:<8} {:>8.2} {:>10} {:>15}",
             self.scenario,
             self.cpu,
             self.verdict.word(),
@@ -117,7 +120,7 @@ impl ResultLine {
 /// The table's first line.
 pub fn heading() -> String {
     format!(
-        "{:<44} {:<18} {:<7} {:>8} {:>10} {:>15}",
+        "{:<44} {:<18} {:<8} {:>8} {:>10} {:>15}",
         "scenario", "cpu", "result", "seconds", "exits", "l0_instructions"
     )
 }
@@ -266,7 +269,14 @@ mod tests {
 
     fn ended(output: &str, emulator: &str) -> Ended {
         let time = Duration::from_secs(9);
-        Ended { output: output.into(), emulator: emulator.into(), status: Some(33), timed_out: false, time }
+        Ended {
+            output: output.into(),
+            emulator: emulator.into(),
+            status: Some(33),
+            timed_out: false,
+            fault: None,
+            time,
+        }
     }
 
     fn chosen(parts: &[&'static str]) -> Chosen {

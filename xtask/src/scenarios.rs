@@ -114,6 +114,8 @@ pub struct Scenario {
     pub typed: Option<Typed>,
     /// How it must end.
     pub expect: Expect,
+    /// The scenario that does the same on the bare emulator: what fails there as well is the emulator's fault.
+    pub control: Option<&'static str>,
     /// Takes minutes: runs when it is named, or with `--all`.
     pub slow: bool,
     /// Seconds after which it has failed, unless `--timeout` says otherwise.
@@ -143,7 +145,7 @@ impl Scenario {
 
     /// True when it needs Debian's packages.
     pub fn is_linux(&self) -> bool {
-        self.modules.iter().any(|m| matches!(m.content, Content::LinuxKernel))
+        self.modules.iter().any(|m| matches!(m.content, Content::LinuxInitrd | Content::LinuxQemuInitrd))
     }
 
     /// True when it needs QEMU's packages, too.
@@ -164,6 +166,7 @@ const BASE: Scenario = Scenario {
     memory: 256,
     typed: None,
     expect: Expect::Success,
+    control: None,
     slow: false,
     timeout: 120,
 };
@@ -196,6 +199,9 @@ const ASID_REUSE: &[Module] = &[Module { content: Content::Image("l1"), args: "s
 const FLUSH: &[Module] = &[Module { content: Content::Image("l1"), args: "scenario=flush-direct" }];
 
 const RUNTIME_AS_L1: &[Module] = &[Module { content: Content::Image("selftest"), args: "test=boot" }];
+
+/// An `image`: the Debian kernel on the emulator itself, with one module, its initial RAM disk.
+pub const BARE_LINUX: &str = "linux";
 
 /// Debian's Linux as L1, up to a shell at the serial port, where somebody types how to end it.
 const LINUX: Scenario = Scenario { image: "l0", args: "audit", memory: 512, timeout: 240, ..BASE };
@@ -280,6 +286,20 @@ const LINUX_PLAIN: Expect = Expect::PowerOff {
     not_counted: &["direct_flushes", "l1_calls"],
 };
 
+/// The controls: what L1 does without L0.
+const BARE_INITRD: &[Module] = &[Module { content: Content::LinuxInitrd, args: "" }];
+const BARE_QEMU_INITRD: &[Module] = &[Module { content: Content::LinuxQemuInitrd, args: "" }];
+const BARE_FLUSHES: Expect = Expect::PowerOff {
+    says: &[" on {cpus} processors: kvm", "launcher: KVM offers direct flush: no", "init: L1 is content"],
+    counted: &[],
+    not_counted: &[],
+};
+const BARE_LINUX_FLUSHES: Expect = Expect::PowerOff {
+    says: &[" on {cpus} processors: linux", " 0 stale", "init: L2 is content"],
+    counted: &[],
+    not_counted: &[],
+};
+
 const POWER_OFF: Typed = Typed { prompt: "\nl1# ", line: "poweroff -f" };
 
 /// All scenarios, in the order in which they run.
@@ -310,11 +330,14 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "svm-hostile-100000", image: "l0", args: "audit", modules: HOSTILE, timeout: 600, ..BASE },
     // A kernel that nobody here wrote.
     Scenario { name: "linux-shell", modules: LINUX_SHELL, cpus: 2, typed: Some(POWER_OFF), expect: SHELL_ENDS, ..LINUX },
-    Scenario { name: "linux-kvm", modules: LINUX_KVM, cpus: 2, expect: DIRECT_FLUSHES, slow: true, ..LINUX },
-    Scenario { name: "linux-kvm-4-processors", modules: LINUX_KVM, cpus: 4, expect: DIRECT_FLUSHES, slow: true, ..LINUX },
-    Scenario { name: "linux-kvm-plain", args: "audit enlighten=off", modules: LINUX_KVM, cpus: 2, expect: PLAIN_FLUSHES, slow: true, ..LINUX },
-    Scenario { name: "linux-kvm-linux", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_FLUSHES, slow: true, timeout: 600, ..LINUX },
-    Scenario { name: "linux-kvm-linux-plain", args: "audit enlighten=off", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_PLAIN, slow: true, timeout: 600, ..LINUX },
+    // Its control: the same on the bare emulator.
+    Scenario { name: "linux-kvm-bare", modules: BARE_INITRD, args: "console=ttyS0 panic=-1 l1=kvm", cpus: 2, expect: BARE_FLUSHES, image: BARE_LINUX, ..LINUX },
+    Scenario { name: "linux-kvm", modules: LINUX_KVM, cpus: 2, expect: DIRECT_FLUSHES, control: Some("linux-kvm-bare"), ..LINUX },
+    Scenario { name: "linux-kvm-4-processors", modules: LINUX_KVM, cpus: 4, expect: DIRECT_FLUSHES, control: Some("linux-kvm-bare"), ..LINUX },
+    Scenario { name: "linux-kvm-plain", args: "audit enlighten=off", modules: LINUX_KVM, cpus: 2, expect: PLAIN_FLUSHES, control: Some("linux-kvm-bare"), ..LINUX },
+    Scenario { name: "linux-kvm-linux-bare", modules: BARE_QEMU_INITRD, args: "console=ttyS0 panic=-1 l1=linux load=4,512,5", cpus: 2, memory: 1024, expect: BARE_LINUX_FLUSHES, slow: true, timeout: 600, image: BARE_LINUX, ..LINUX },
+    Scenario { name: "linux-kvm-linux", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_FLUSHES, control: Some("linux-kvm-linux-bare"), slow: true, timeout: 600, ..LINUX },
+    Scenario { name: "linux-kvm-linux-plain", args: "audit enlighten=off", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_PLAIN, control: Some("linux-kvm-linux-bare"), slow: true, timeout: 600, ..LINUX },
     // Faults that L0 commits on purpose: the controls of the TLB auditor.
     Scenario { name: "audit-no-tlb-control", image: "l0", args: "audit mutant=no-tlb-control", modules: ASID_REUSE, expect: Expect::GaveUp("audit:"), ..BASE },
     Scenario { name: "audit-one-asid", image: "l0", args: "audit mutant=one-asid", modules: ASID_REUSE, expect: Expect::GaveUp("without a flush"), ..BASE },
