@@ -320,6 +320,8 @@ pub const SCENARIOS: &[Scenario] = &[
     // The L0 hypervisor with the runtime's own test as its guest.
     Scenario { name: "l0-boot", image: "l0", modules: RUNTIME_AS_L1, ..BASE },
     Scenario { name: "l0-boot-4-processors", image: "l0", modules: RUNTIME_AS_L1, cpus: 4, ..BASE },
+    Scenario { name: "l0-boot", image: "l0", modules: RUNTIME_AS_L1, machine: BOCHS, ..BASE },
+    Scenario { name: "l0-boot-2-processors", image: "l0", modules: RUNTIME_AS_L1, cpus: 2, machine: BOCHS, ..BASE },
     // The small hypervisor and its guests on the L0 hypervisor.
     SVM,
     Scenario { modules: ALL_OF_IT, cpus: 2, ..SVM },

@@ -49,6 +49,7 @@ control_register!(cr2, write_cr2, "cr2");
 control_register!(cr3, write_cr3, "cr3");
 control_register!(cr4, write_cr4, "cr4");
 control_register!(cr8, write_cr8, "cr8");
+control_register!(dr6, write_dr6, "dr6");
 
 /// Clears RFLAGS.IF.
 #[inline]
@@ -95,14 +96,26 @@ pub unsafe fn wbinvd() {
     unsafe { asm!("wbinvd", options(nostack, preserves_flags)) };
 }
 
-/// The code segment selector.
-#[inline]
-pub fn cs() -> u16 {
-    let value: u16;
-    // SAFETY: reading a selector changes nothing.
-    unsafe { asm!("mov {0:x}, cs", out(reg) value, options(nomem, nostack, preserves_flags)) };
-    value
+macro_rules! selector {
+    ($name:ident, $instruction:literal, $what:literal) => {
+        #[doc = concat!("The ", $what, " selector.")]
+        #[inline]
+        pub fn $name() -> u16 {
+            let value: u16;
+            // SAFETY: reading a selector changes nothing.
+            unsafe { asm!($instruction, out(reg) value, options(nomem, nostack, preserves_flags)) };
+            value
+        }
+    };
 }
+
+selector!(cs, "mov {0:x}, cs", "code segment");
+selector!(ss, "mov {0:x}, ss", "stack segment");
+selector!(ds, "mov {0:x}, ds", "DS");
+selector!(es, "mov {0:x}, es", "ES");
+selector!(fs, "mov {0:x}, fs", "FS");
+selector!(gs, "mov {0:x}, gs", "GS");
+selector!(tr, "str {0:x}", "task register's");
 
 macro_rules! table_register {
     ($name:ident, $instruction:literal) => {

@@ -15,3 +15,4 @@ pub mod msr;
 pub mod port;
 pub mod svm;
 pub mod vmx;
+pub mod vmx_host;

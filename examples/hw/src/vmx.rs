@@ -468,6 +468,17 @@ pub fn window() -> core::ops::Range<u64> {
     (&raw const hw_vmx_window_start) as u64..(&raw const hw_vmx_window_end) as u64
 }
 
+/// Runs the program's NMI handler, behind an exit that was caused by an NMI: the processor blocks NMIs from there on,
+/// until the handler's IRET.
+///
+/// # Safety
+/// An interrupt table with an NMI handler is loaded.
+#[inline]
+pub unsafe fn take_nmi() {
+    // SAFETY: the handler returns as from an interrupt.
+    unsafe { asm!("int 2") };
+}
+
 /// Where code goes on that an NMI interrupted at `rip`, for the end of the NMI handler: out of the entry if it was
 /// about to enter, behind the HLT if it was about to halt.
 pub fn redirect(rip: u64) -> u64 {

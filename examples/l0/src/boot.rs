@@ -3,13 +3,14 @@
 use core::cell::UnsafeCell;
 
 use arrayvec::ArrayVec;
+use hvcore::partition::NestedCapabilities;
 use hw::apic::LocalApic;
 use hw::{cpu, msr, svm};
 use rt::{BootInfo, ExitCode};
 use spin::{Mutex, Once};
 
 use crate::audit;
-use crate::fatal::{self, give_up};
+use crate::fatal::give_up;
 
 use crate::hyperv::{HyperV, OVERLAYS};
 use crate::ipi::{Ipis, MAX_CPUS};
@@ -25,7 +26,9 @@ use crate::relocate::{self, phys_of};
 use crate::say;
 use crate::shared::{Shared, Vendor};
 use crate::svm::SvmHost;
+use crate::vmx::host::VmxHost;
 use crate::vp::Vp;
+use crate::{fatal, vmx};
 
 /// Memory that one owner takes once.
 #[repr(C, align(4096))]
@@ -95,9 +98,14 @@ pub fn main(boot: &'static BootInfo) -> ExitCode {
     }
     load_l1(&modules, shared, &map);
     let cpus = boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1);
-    let Vendor::Svm(svm) = &shared.vendor;
-    let leaf = svm.leaf;
-    say!("l0: cpus {cpus} hole {:#x}..{:#x} asids {} svm features {:#x}", hole.start, hole.end, leaf.ebx, leaf.edx);
+    match &shared.vendor {
+        Vendor::Svm(SvmHost { leaf, .. }) => {
+            say!("l0: cpus {cpus} hole {:#x}..{:#x} asids {} svm {:#x}", hole.start, hole.end, leaf.ebx, leaf.edx);
+        }
+        Vendor::Vmx(vmx) => {
+            say!("l0: cpus {cpus} hole {:#x}..{:#x} vmx {:#x?}", hole.start, hole.end, vmx.controls);
+        }
+    }
     if let Err(missing) = rt::smp::start(cpus, other) {
         give_up(format_args!("{cpus} processors asked for, {} came", missing.online));
     }
@@ -120,9 +128,12 @@ fn shared(boot: &BootInfo, hole: Range) -> Shared {
     let (low_end, high_end) = ends(boot);
     let enlighten = boot.argument("enlighten") != Some("off");
     let address_bits = cpu::cpuid(0x8000_0008, 0).eax & 0xff;
-    let Some(svm) = SvmHost::new(address_bits, enlighten) else { give_up(format_args!("this processor has no SVM")) };
-    let Ok(npt) =
-        Npt01::new(&NPT_PAGES, phys_of(NPT_PAGES.as_ptr()), Format::NPT, hole, (low_end, high_end), address_bits)
+    let (vendor, format, svm_leaf) = vendor(address_bits, enlighten);
+    let (hyperv_vendor, enlightenments) = match vendor {
+        Vendor::Svm(_) => (hvcore::partition::Vendor::Amd, SvmHost::ENLIGHTENMENTS),
+        Vendor::Vmx(_) => (hvcore::partition::Vendor::Intel, NestedCapabilities::NONE),
+    };
+    let Ok(npt) = Npt01::new(&NPT_PAGES, phys_of(NPT_PAGES.as_ptr()), format, hole, (low_end, high_end), address_bits)
     else {
         give_up(format_args!("no pages for the nested tables"));
     };
@@ -137,15 +148,27 @@ fn shared(boot: &BootInfo, hole: Range) -> Shared {
         ipis: Ipis::new(),
         // SAFETY: L0's tables map the page uncached.
         apic: unsafe { LocalApic::new(memory::phys_to_virt(hw::apic::DEFAULT_BASE)) },
-        svm_leaf: svm.config.cpuid_8000_000a(),
-        vendor: Vendor::Svm(svm),
-        hyperv: HyperV::new(address_bits, hvcore::partition::Vendor::Amd, SvmHost::ENLIGHTENMENTS),
+        svm_leaf,
+        vendor,
+        hyperv: HyperV::new(address_bits, hyperv_vendor, enlightenments),
         enlighten,
         churn: boot.argument("churn").and_then(|n| n.parse().ok()).unwrap_or(0),
         count: has_word(boot, "count"),
         audit: has_word(boot, "audit"),
         mutant: boot.argument("mutant").and_then(Mutant::named),
         test_hooks: has_word(boot, "test-hooks"),
+    }
+}
+
+/// The virtualization extension of this processor, the format of its second-stage tables, and L1's leaf 0x8000_000A.
+fn vendor(address_bits: u32, enlighten: bool) -> (Vendor, Format, [u32; 4]) {
+    if let Some(svm) = SvmHost::new(address_bits, enlighten) {
+        let leaf = svm.config.cpuid_8000_000a();
+        return (Vendor::Svm(svm), Format::NPT, leaf);
+    }
+    match VmxHost::new() {
+        Some(vmx) => (Vendor::Vmx(vmx), Format::EPT, [0; 4]),
+        None => give_up(format_args!("this processor has neither SVM nor VMX")),
     }
 }
 
@@ -220,7 +243,10 @@ fn run(id: usize) -> ! {
     let (Some(shared), Some(pages)) = (SHARED.get(), vp_pages(id)) else {
         give_up(format_args!("processor {id} started too early, or is one too many"));
     };
-    let Vendor::Svm(svm) = &shared.vendor;
+    let svm = match &shared.vendor {
+        Vendor::Svm(svm) => svm,
+        Vendor::Vmx(vmx) => run_vmx(id, shared, vmx),
+    };
     let pa = PagesPa::at(phys_of(&raw const *pages));
     // SAFETY: long mode processors have NX; the nested tables use it, and the host's EFER decides whether they may.
     unsafe { msr::wrmsr(msr::EFER, msr::rdmsr(msr::EFER) | msr::EFER_NXE) };
@@ -242,6 +268,28 @@ fn run(id: usize) -> ! {
     fatal::report(&mut vp, failure)
 }
 
+/// As [`run`], on VT-x.
+fn run_vmx(id: usize, shared: &'static Shared, host: &'static VmxHost) -> ! {
+    // SAFETY: long mode processors have NX, and L0's own tables do without it.
+    unsafe { msr::wrmsr(msr::EFER, msr::rdmsr(msr::EFER) | msr::EFER_NXE) };
+    // SAFETY: the runtime has loaded this processor's tables and TSS; `main` set the NMI handler.
+    let vp = unsafe { vmx::vp::Vp::new(id, shared, host) };
+    let mut vp = match vp {
+        Ok(vp) => vp,
+        Err(failure) => give_up(format_args!("{failure:?} on cpu {id}")),
+    };
+    if id == 0
+        && let Some(start) = ENTRY.lock().take()
+    {
+        match start {
+            Start::Multiboot(entry) => vp.start_multiboot(&entry),
+            Start::Linux(entry) => vp.start_linux(&entry),
+        }
+    }
+    let failure = vp.run();
+    vmx::report::report(&mut vp, failure)
+}
+
 fn vp_pages(id: usize) -> Option<&'static mut Pages> {
     if id >= MAX_CPUS {
         return None;
@@ -257,5 +305,5 @@ fn nmi(frame: &mut rt::idt::Frame) {
     if !shared.ipis.nmi_arrived(id) {
         shared.ipis.post_nmi(id);
     }
-    frame.rip = svm::skip_wait(frame.rip);
+    frame.rip = svm::skip_wait(vmx::kick::nmi(id, frame.rip));
 }

@@ -57,6 +57,12 @@ counters! {
     l2_exits,
     /// VMRUNs of L1 that entered L2.
     l2_entries,
+    /// VMREADs of L0.
+    vmreads,
+    /// VMWRITEs of L0.
+    vmwrites,
+    /// VMPTRLDs of L0.
+    vmptrlds,
     /// Instructions (ticks of the TSC) spent in L0, when it is told to count them.
     l0_instructions,
     /// Hypercalls of L1.

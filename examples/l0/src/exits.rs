@@ -225,13 +225,5 @@ pub fn reset_machine(vp: &mut Vp) -> Result<(), Failure> {
         vp.id, vp.m.vmcb01.save.rip
     ));
     counters::print(vp.shared.ipis.count());
-    // SAFETY: the reset port of PC chipsets, then the keyboard controller's: the machine restarts.
-    unsafe {
-        port::outb(0xcf9, 0x02);
-        port::outb(0xcf9, 0x06);
-        port::outb(0x64, 0xfe);
-    }
-    loop {
-        hw::cpu::halt();
-    }
+    ports::reset()
 }

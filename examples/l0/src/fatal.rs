@@ -3,6 +3,7 @@
 use hw::port;
 
 use crate::debug::print_dying;
+use crate::ports;
 use crate::vp::Vp;
 use nsvm::vmcb::Vmcb;
 
@@ -16,10 +17,14 @@ const GAVE_UP: u32 = 62;
 pub enum Failure {
     /// The firmware disabled SVM (VM_CR.SVMDIS).
     SvmDisabled,
+    /// The firmware disabled VMX (IA32_FEATURE_CONTROL), or VMXON failed.
+    VmxDisabled,
     /// More processors than L0 has room for.
     TooManyCpus,
     /// VMRUN refused VMCB01: L0 built an illegal state.
     Vmcb01Refused,
+    /// VMLAUNCH or VMRESUME refused VMCS01: L0 built an illegal state.
+    Vmcs01Refused,
     /// The processor has too few ASIDs.
     TooFewAsids,
     /// The library refused to restore what it had saved.
@@ -85,9 +90,11 @@ fn vmcb(v: &Vmcb) {
     ));
 }
 
-fn end() -> ! {
-    // SAFETY: the debug-exit device ends the emulator; without it the write goes nowhere and the processor halts.
+/// Ends the machine with the status that says that L0 gave up.
+pub fn end() -> ! {
+    // SAFETY: the debug-exit device ends the emulator; without it the write goes nowhere.
     unsafe { port::outl(DEBUG_EXIT, GAVE_UP) };
+    ports::bochs_shutdown();
     loop {
         hw::cpu::cli();
         hw::cpu::halt();

@@ -33,4 +33,5 @@ pub mod registers;
 pub mod relocate;
 pub mod shared;
 pub mod svm;
+pub mod vmx;
 pub mod vp;

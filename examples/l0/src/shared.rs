@@ -10,12 +10,15 @@ use crate::memory::L1Memory;
 use crate::mutant::Mutant;
 use crate::npt01::{Kind, Npt01};
 use crate::svm::SvmHost;
+use crate::vmx::host::VmxHost;
 
 /// The processor's virtualization extension, and what all VPs need to know of it.
 #[derive(Debug)]
 pub enum Vendor {
     /// AMD-V.
     Svm(SvmHost),
+    /// VT-x.
+    Vmx(VmxHost),
 }
 
 /// The state of the whole machine.
