@@ -1,0 +1,12 @@
+//! The state machine of nested VMX on a processor that is a few lines of test code: a hardware VMCS is an array, memory
+//! is a byte array, the guest "runs" when a test sets the fields of a VM exit.
+#![allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::unwrap_used, clippy::panic)]
+
+mod access;
+mod invalidate;
+mod msrs;
+mod operand;
+mod region;
+mod rig;
+mod vmxon;
+mod vpid;
