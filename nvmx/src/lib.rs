@@ -14,6 +14,7 @@ pub mod bits;
 pub mod caps;
 pub mod check;
 pub mod controls;
+pub mod ept;
 pub mod evmcs;
 pub mod exit_reason;
 pub mod field;

@@ -125,7 +125,7 @@ pub struct Rights {
     pub write: bool,
     /// Instruction fetches.
     pub execute: bool,
-    /// Memory type, bits 2:0, as in [`Mapping::memory_type`].
+    /// Memory type, bits 2:0, as in [`Mapping::memory_type`]; in bit 3 ignore-PAT, where the format has it.
     pub memory_type: u8,
 }
 

@@ -3,9 +3,11 @@
 use crate::embedder::{Fields, Memory, Regs, word};
 use crate::keep_named;
 use core::hint::black_box;
-use hvcore::memory::MemoryError;
+use hvcore::memory::{MemoryError, SecondStage};
+use hvcore::shadow::EntryFormat;
 use nvmx::caps::Host;
 use nvmx::controls::{entry, exit, pin, primary, secondary};
+use nvmx::ept::{CachedWalk, EptEntry, EptShadow, EptWalk};
 use nvmx::evmcs::EvmcsCache;
 use nvmx::{Fault, NestedVmx, PageFault, Vmcs};
 
@@ -26,6 +28,7 @@ pub fn keep_all() {
         "nvmx::controls::primary::names": primary;
         "nvmx::controls::secondary::names": secondary;
     }
+    ept();
     evmcs();
     nested();
 }
@@ -50,6 +53,34 @@ fn nested() {
         "nvmx::step::in_64bit_code": nvmx::step::in_64bit_code::<Fields>;
         "nvmx::step::inject_fault": nvmx::step::inject_fault::<Fields, Regs>;
         "nvmx::vmcs12::Vmcs12::clear_launch_state": nvmx::vmcs12::Vmcs12::clear_launch_state::<Memory>;
+    }
+}
+
+fn ept() {
+    keep_named! {
+        "nvmx::ept::CachedWalk as SecondStage": <CachedWalk<'_, '_, Memory, 4> as SecondStage>::walk;
+        "nvmx::ept::EptEntry as EntryFormat": <EptEntry as EntryFormat>::table;
+        "nvmx::ept::EptEntry as EntryFormat": <EptEntry as EntryFormat>::leaf;
+        "nvmx::ept::EptEntry as EntryFormat": <EptEntry as EntryFormat>::read_only;
+        "nvmx::ept::EptEntry as EntryFormat": <EptEntry as EntryFormat>::keeps;
+        "nvmx::ept::EptShadow::activate": EptShadow::<4>::activate;
+        "nvmx::ept::EptShadow::active": EptShadow::<4>::active;
+        "nvmx::ept::EptShadow::cached": EptShadow::<4>::cached;
+        "nvmx::ept::EptShadow::deactivate": EptShadow::<4>::deactivate;
+        "nvmx::ept::EptShadow::fault": EptShadow::<4>::fault::<Memory, Memory>;
+        "nvmx::ept::EptShadow::flush_context": EptShadow::<4>::flush_context;
+        "nvmx::ept::EptShadow::flush_everything": EptShadow::<4>::flush_everything;
+        "nvmx::ept::EptShadow::flush_gpa_range": EptShadow::<4>::flush_gpa_range;
+        "nvmx::ept::EptShadow::format": EptShadow::<4>::format;
+        "nvmx::ept::EptShadow::free_pages": EptShadow::<4>::free_pages;
+        "nvmx::ept::EptShadow::l1_gpa_changed": EptShadow::<4>::l1_gpa_changed;
+        "nvmx::ept::EptShadow::lookup": EptShadow::<4>::lookup;
+        "nvmx::ept::EptShadow::new": EptShadow::<4>::new;
+        "nvmx::ept::EptShadow::tag_retired": EptShadow::<4>::tag_retired;
+        "nvmx::ept::EptShadow::tag_stale": EptShadow::<4>::tag_stale;
+        "nvmx::ept::EptWalk as SecondStage": <EptWalk<'_, Memory> as SecondStage>::walk;
+        "nvmx::ept::switch_eptp": nvmx::ept::switch_eptp::<Memory>;
+        "nvmx::ept::walk": nvmx::ept::walk::<Memory>;
     }
 }
 
