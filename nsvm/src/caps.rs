@@ -2,7 +2,7 @@
 //!
 //! Built once by the embedder; read by the state machine. An impossible offer is an error here, not a surprise later.
 
-use crate::vmcb::bits::{Intercepts, int_ctl, misc1, misc2, misc3};
+use crate::vmcb::bits::{Intercepts, int_ctl, misc1, misc2, misc3, virt_ext};
 
 /// SVM features: CPUID 0x8000_000A EDX.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -13,6 +13,8 @@ impl Features {
     pub const NP: Self = Self(1);
     /// LBR virtualization.
     pub const LBR: Self = Self(1 << 1);
+    /// TSC ratio MSR.
+    pub const TSC_RATE: Self = Self(1 << 4);
     /// Next RIP saved.
     pub const NRIPS: Self = Self(1 << 3);
     /// VMCB clean bits.
@@ -25,23 +27,30 @@ impl Features {
     pub const PAUSE_FILTER: Self = Self(1 << 10);
     /// PAUSE filter threshold.
     pub const PAUSE_THRESHOLD: Self = Self(1 << 12);
+    /// Virtual VMLOAD and VMSAVE.
+    pub const V_VMSAVE_VMLOAD: Self = Self(1 << 15);
     /// Virtual GIF.
     pub const VGIF: Self = Self(1 << 16);
+    /// Virtual NMI.
+    pub const VNMI: Self = Self(1 << 25);
     /// #GP of SVM instructions on host addresses comes before the intercept (SVME address check).
     pub const SVME_ADDR_CHECK: Self = Self(1 << 28);
 
     /// What the library does in software, whatever the processor has.
-    pub const SOFTWARE: Self =
-        Self(Self::VMCB_CLEAN.0 | Self::FLUSH_BY_ASID.0 | Self::VGIF.0 | Self::SVME_ADDR_CHECK.0);
-    /// All that can be offered.
+    pub const SOFTWARE: Self = Self(
+        Self::VMCB_CLEAN.0 | Self::FLUSH_BY_ASID.0 | Self::V_VMSAVE_VMLOAD.0 | Self::VGIF.0 | Self::SVME_ADDR_CHECK.0,
+    );
+    /// All that can be offered. Not AVIC, nor anything of SEV.
     pub const SUPPORTED: Self = Self(
         Self::SOFTWARE.0
             | Self::NP.0
             | Self::LBR.0
             | Self::NRIPS.0
+            | Self::TSC_RATE.0
             | Self::DECODE_ASSISTS.0
             | Self::PAUSE_FILTER.0
-            | Self::PAUSE_THRESHOLD.0,
+            | Self::PAUSE_THRESHOLD.0
+            | Self::VNMI.0,
     );
 
     /// From EDX.
@@ -151,6 +160,10 @@ pub struct Config {
     pub(crate) enlightened: bool,
     /// Bits of the VMCB's interrupt control that L1 may use.
     pub(crate) int_ctl: u64,
+    /// Bits of the VMCB's virtualization extensions that L1 may use.
+    pub(crate) virt_ext: u64,
+    /// L1 was told of 1 GiB pages.
+    pub(crate) gib_pages: bool,
 }
 
 impl Config {
@@ -185,16 +198,36 @@ impl Config {
         if offered.has(Features::VGIF) {
             bits |= int_ctl::V_GIF | int_ctl::V_GIF_ENABLE;
         }
-        Ok(Self { host, offered, asids, enlightened, int_ctl: bits })
+        if offered.has(Features::VNMI) {
+            bits |= int_ctl::V_NMI | int_ctl::V_NMI_MASK | int_ctl::V_NMI_ENABLE;
+        }
+        let mut virt_ext = 0;
+        if offered.has(Features::LBR) {
+            virt_ext |= virt_ext::LBR;
+        }
+        if offered.has(Features::V_VMSAVE_VMLOAD) {
+            virt_ext |= virt_ext::VMLOAD_VMSAVE;
+        }
+        Ok(Self { host, offered, asids, enlightened, int_ctl: bits, virt_ext, gib_pages: true })
     }
 
-    /// Everything that `host` and the library can offer.
+    /// For an L1 that was not told of 1 GiB pages (CPUID 0x8000_0001 EDX bit 26).
+    #[must_use]
+    pub const fn without_gib_pages(mut self) -> Self {
+        self.gib_pages = false;
+        self
+    }
+
+    /// Everything that `host` and the library can offer without the embedder's help: all but [`Features::TSC_RATE`],
+    /// which asks the embedder to write an MSR (see [`NestedSvm::hardware_tsc_ratio`]).
+    ///
+    /// [`NestedSvm::hardware_tsc_ratio`]: crate::NestedSvm::hardware_tsc_ratio
     ///
     /// # Errors
     /// See [`ConfigError`].
     pub const fn all(host: Host, asids: u32, enlightened: bool) -> Result<Self, ConfigError> {
         let possible = host.features.union(Features::SOFTWARE).intersection(Features::SUPPORTED);
-        Self::new(host, possible, asids, enlightened)
+        Self::new(host, possible.without(Features::TSC_RATE), asids, enlightened)
     }
 
     /// CPUID leaf 0x8000_000A as L1 sees it: EAX, EBX, ECX, EDX. Leaf 0x8000_0001 ECX bit 2 (SVM) is the embedder's.

@@ -4,7 +4,7 @@
 //! They look at the copy of L1's VMCB only, and at L1's own paging mode.
 
 use crate::caps::{Config, Features};
-use crate::vmcb::bits::{Event, EventKind, cr0, cr4, efer, misc2, np, seg};
+use crate::vmcb::bits::{Event, EventKind, S_CET_DEFINED, cr0, cr4, efer, int_ctl, misc1, misc2, np, seg};
 use crate::vmcb::{Control, Save};
 
 /// Which check failed. L1 sees exit code -1 for each; the embedder may trace it.
@@ -18,6 +18,8 @@ pub enum Refusal {
     PermissionMap,
     /// EVENTINJ names an impossible event.
     EventInjection,
+    /// V_NMI_ENABLE without the NMI intercept.
+    VirtualNmi,
     /// Nested paging with paging off in L1, or nCR3 out of range.
     NestedPaging,
     /// G_PAT has an undefined memory type.
@@ -54,6 +56,9 @@ pub(crate) fn control(config: &Config, control: &Control, save: &Save, l1_cr0: u
     }
     if control.event_inj & Event::VALID != 0 && !event_is_possible(Event::from_raw(control.event_inj)) {
         return Err(Refusal::EventInjection);
+    }
+    if control.int_ctl & int_ctl::V_NMI_ENABLE != 0 && control.intercepts.misc1 & misc1::NMI == 0 {
+        return Err(Refusal::VirtualNmi);
     }
     if control.np_control & np::ENABLE != 0 && config.offered.has(Features::NP) {
         if l1_cr0 & cr0::PG == 0 || !config.legal_gpa(control.n_cr3) {
@@ -118,7 +123,7 @@ pub(crate) fn save(config: &Config, save: &Save) -> Result<(), Refusal> {
             return Err(Refusal::LongMode);
         }
     }
-    if save.cr4 & cr4::CET != 0 && save.cr0 & cr0::WP == 0 {
+    if save.cr4 & cr4::CET != 0 && (save.cr0 & cr0::WP == 0 || save.s_cet & !S_CET_DEFINED != 0) {
         return Err(Refusal::Cet);
     }
     Ok(())

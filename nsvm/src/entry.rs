@@ -42,8 +42,8 @@ impl NestedSvm {
         m: &mut Machine<'_, G, M, C>,
     ) -> Entry {
         match self.level {
-            Level::L1 => reinject(m.vmcb01, 0),
-            Level::L2 => reinject(m.vmcb02, self.injected),
+            Level::L1 => reinject(m.vmcb01, 0, 0),
+            Level::L2 => reinject(m.vmcb02, self.injected, self.control.next_rip),
         }
         let exit_soon = match self.deliver(m) {
             Delivery::Run { soon } => soon,
@@ -98,6 +98,10 @@ impl NestedSvm {
         if !self.withholds_virq() {
             value |= l1 & int_ctl::V_IRQ;
         }
+        if l1 & int_ctl::V_NMI_ENABLE != 0 {
+            let pending = if self.withholds_vnmi() { 0 } else { int_ctl::V_NMI };
+            value |= l1 & (int_ctl::V_NMI_ENABLE | int_ctl::V_NMI_MASK | pending);
+        }
         let control = &mut vmcb02.control;
         control.intercepts.misc1 &= !misc1::VINTR;
         control.intercepts.misc1 |= self.control.intercepts.misc1 & misc1::VINTR;
@@ -121,8 +125,9 @@ impl NestedSvm {
 /// A virtual interrupt of highest priority that is intercepted before it is taken.
 const WINDOW: u64 = int_ctl::V_IRQ | int_ctl::V_INTR_PRIO | int_ctl::V_IGN_TPR;
 
-/// Injects again what the last exit kept from being delivered. `injected` is the event of L1's own VMRUN.
-fn reinject(vmcb: &mut Vmcb, injected: u64) {
+/// Injects again what the last exit kept from being delivered. `injected` is the event of L1's own VMRUN, `next_rip` the
+/// RIP that it pushes if it is a software one.
+fn reinject(vmcb: &mut Vmcb, injected: u64, next_rip: u64) {
     let control = &mut vmcb.control;
     if control.exit_int_info & Event::VALID == 0 {
         return;
@@ -136,5 +141,9 @@ fn reinject(vmcb: &mut Vmcb, injected: u64) {
     let repeated = software && event.raw() != injected;
     if control.event_inj & Event::VALID == 0 && !repeated {
         control.event_inj = event.raw();
+        if software {
+            // The exit overwrote it.
+            control.next_rip = next_rip;
+        }
     }
 }

@@ -133,10 +133,16 @@ impl NestedSvm {
     /// True while L1's virtual interrupt is kept from L2: behind a window of the library's own, or GIF is clear.
     #[inline]
     pub(crate) fn withholds_virq(&self) -> bool {
+        self.events.window || self.withholds_vnmi()
+    }
+
+    /// True while L1's virtual NMI is kept from L2: GIF is clear, the virtual one where software keeps it.
+    #[inline]
+    pub(crate) fn withholds_vnmi(&self) -> bool {
         let soft_gif_clear = self.control.int_ctl & int_ctl::V_GIF_ENABLE != 0
             && !self.hardware_vgif()
             && self.control.int_ctl & int_ctl::V_GIF == 0;
-        self.events.window || soft_gif_clear || !self.gif
+        soft_gif_clear || !self.gif
     }
 
     /// Routes what is pending.

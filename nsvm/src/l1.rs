@@ -270,7 +270,7 @@ impl NestedSvm {
     {
         let write = m.vmcb01.control.exit_info_1 & 1 != 0;
         let index = m.gprs.rcx() as u32;
-        if !MsrAccess::is_ours(index) {
+        if !MsrAccess::is_ours(&self.config, index) {
             return L1Exit::NotMine;
         }
         let kind = if write { Kind::Wrmsr } else { Kind::Rdmsr };

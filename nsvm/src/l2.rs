@@ -1,7 +1,7 @@
 //! Exits of L2: what L0 keeps, then what L1 wants, then what is left for the embedder.
 
 use hvcore::addr::{L1Gpa, L2Gpa, Level};
-use hvcore::memory::GuestMemory;
+use hvcore::memory::{Access, GuestMemory};
 
 use crate::exit_code;
 use crate::insn::Kind;
@@ -9,6 +9,7 @@ use crate::l1::{Fault, address, step, vmload, vmsave};
 use crate::machine::{Code, Gprs, Machine};
 use crate::maps::Bits;
 use crate::msr::MsrAccess;
+use crate::npt::{self, NptFormat, WalkFault};
 use crate::state::NestedSvm;
 use crate::vmcb::bits::{Event, int_ctl, misc1, np};
 use crate::vmcb::{EnlightenedVmcbFields, Vmcb};
@@ -196,13 +197,15 @@ impl NestedSvm {
         {
             return self.reflect(m);
         }
-        if MsrAccess::is_ours(index) {
+        if MsrAccess::is_ours(&self.config, index) {
             let kind = if write { Kind::Wrmsr } else { Kind::Rdmsr };
             let Some(stepped) = step(m.code, Level::L2, m.vmcb02, kind, self.nrips()) else {
                 return L2Exit::Resume;
             };
             return match self.access_msr(m.vmcb02, m.gprs, index, write) {
                 Ok(()) => {
+                    // TSC_RATIO may have changed.
+                    m.vmcb02.control.tsc_offset = self.tsc_offset(m.vmcb01.control.tsc_offset);
                     m.vmcb02.complete_instruction(stepped.next_rip());
                     L2Exit::Resume
                 }
@@ -292,13 +295,27 @@ impl NestedSvm {
                     None => L2Exit::Resume,
                 };
             }
-            _ => self.vmcb_address(address(m.vmcb02, &stepped)).and_then(|gpa| {
-                // The state is in VMCB01 for both levels.
-                let save = &mut m.vmcb01.save;
-                let moved =
-                    if kind == Kind::Vmload { vmload(m.memory, gpa, save) } else { vmsave(m.memory, gpa, save) };
-                moved.map_err(|_| Fault::GP)
-            }),
+            _ => match self.vmcb_address(address(m.vmcb02, &stepped)) {
+                Ok(gpa) => match self.l2_vmcb(m, gpa, kind) {
+                    Ok(gpa) => {
+                        // The state is in VMCB01 for both levels.
+                        let save = &mut m.vmcb01.save;
+                        let moved = if kind == Kind::Vmload {
+                            vmload(m.memory, gpa, save)
+                        } else {
+                            vmsave(m.memory, gpa, save)
+                        };
+                        moved.map_err(|_| Fault::GP)
+                    }
+                    Err(WalkFault::Unsettled) => return L2Exit::Resume,
+                    Err(fault) => {
+                        let access = if kind == Kind::Vmload { Access::Read } else { Access::Write };
+                        let info_1 = fault.info1(access);
+                        return self.exit_to_l1(m, Exit { code: exit_code::NPF, info_1, info_2: gpa });
+                    }
+                },
+                Err(fault) => Err(fault),
+            },
         };
         match done {
             Ok(()) => {
@@ -307,6 +324,23 @@ impl NestedSvm {
             }
             Err(fault) => self.raise_in_l2(m, fault),
         }
+    }
+
+    /// The L1 GPA that VMLOAD or VMSAVE of L2 means by `gpa`: an address of L2's own where L1 has given it those.
+    fn l2_vmcb<G: ?Sized, M: GuestMemory + ?Sized, C: ?Sized>(
+        &self,
+        m: &Machine<'_, G, M, C>,
+        gpa: u64,
+        kind: Kind,
+    ) -> Result<u64, WalkFault> {
+        if !self.virtual_vmload() {
+            return Ok(gpa);
+        }
+        let (save, host) = (&m.vmcb01.save, &self.config.host);
+        let format = NptFormat::from_registers(save.cr0, save.cr4, save.efer, host.phys_bits, self.config.gib_pages)
+            .ok_or(WalkFault::NotPresent)?;
+        let access = if kind == Kind::Vmload { Access::Read } else { Access::Write };
+        npt::walk(m.memory, format, self.control.n_cr3, L2Gpa::new(gpa), access).map(L1Gpa::raw)
     }
 
     /// STGI or CLGI of L2: its virtual GIF if it has one, else the GIF.

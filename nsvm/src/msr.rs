@@ -1,5 +1,6 @@
 //! The MSRs that SVM defines, and EFER, as L1 sees them (APM volume 2, section 15.30).
 
+use crate::caps::{Config, Features};
 use crate::l1::Fault;
 use crate::machine::Gprs;
 use crate::state::NestedSvm;
@@ -8,6 +9,8 @@ use crate::vmcb::bits::{cr0, efer};
 
 /// EFER.
 pub const EFER: u32 = 0xC000_0080;
+/// TSC_RATIO: by how much L1's guests' TSC is faster than L1's, 8.32 fixed point.
+pub const TSC_RATIO: u32 = 0xC000_0104;
 /// VM_CR.
 pub const VM_CR: u32 = 0xC001_0114;
 /// IGNNE.
@@ -25,6 +28,8 @@ const LOCK: u64 = 1 << 3;
 const SVMDIS: u64 = 1 << 4;
 /// Bits of VM_CR: DPD, R_INIT, DIS_A20M, LOCK, SVMDIS.
 const VM_CR_DEFINED: u64 = 0x1F;
+/// Bits of TSC_RATIO that must be zero.
+pub(crate) const TSC_RATIO_RESERVED: u64 = 0xFFFF_FF00_0000_0000;
 
 /// Which MSRs the library answers.
 pub(crate) struct MsrAccess;
@@ -32,8 +37,11 @@ pub(crate) struct MsrAccess;
 impl MsrAccess {
     /// True for the MSRs that [`NestedSvm::access_msr`] knows.
     #[inline]
-    pub(crate) const fn is_ours(index: u32) -> bool {
-        matches!(index, EFER | VM_CR..=SVM_KEY)
+    pub(crate) const fn is_ours(config: &Config, index: u32) -> bool {
+        match index {
+            TSC_RATIO => config.offered.has(Features::TSC_RATE),
+            _ => matches!(index, EFER | VM_CR..=SVM_KEY),
+        }
     }
 }
 
@@ -55,6 +63,7 @@ impl NestedSvm {
             EFER => vmcb.save.efer,
             VM_CR => self.vm_cr,
             VM_HSAVE_PA => self.hsave_pa,
+            TSC_RATIO => self.tsc_ratio,
             IGNNE | SMM_CTL => 0,
             // SVM_KEY is write-only, and not offered: no SVM lock.
             _ => return Err(Fault::GP),
@@ -70,6 +79,10 @@ impl NestedSvm {
             VM_CR => self.write_vm_cr(value),
             VM_HSAVE_PA => {
                 self.hsave_pa = self.vmcb_address(value)?;
+                Ok(())
+            }
+            TSC_RATIO if value & TSC_RATIO_RESERVED == 0 => {
+                self.tsc_ratio = value;
                 Ok(())
             }
             IGNNE if value & !1 == 0 => Ok(()),

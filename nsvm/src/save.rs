@@ -11,16 +11,18 @@ use hvcore::memory::GuestMemory;
 use static_assertions::const_assert_eq;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::caps::Config;
+use crate::caps::{Config, Features};
 use crate::check::{self, Refusal};
 use crate::events::Events;
 use crate::machine::Machine;
+use crate::msr::TSC_RATIO_RESERVED;
 use crate::state::{Context, NestedSvm};
 use crate::vmcb::bits::{Event, efer, int_ctl, int_state, np, tlb};
 use crate::vmcb::{Control, EnlightenedVmcbFields, Save, Vmcb};
+use crate::vmrun::TSC_RATIO_ONE;
 
 /// Version of [`SavedState`].
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Bits of [`SavedState::flags`].
 mod flag {
@@ -69,6 +71,8 @@ pub struct SavedState {
     pub vm_cr: u64,
     /// VM_HSAVE_PA.
     pub hsave_pa: u64,
+    /// TSC_RATIO.
+    pub tsc_ratio: u64,
     /// L1 GPA of the VMCB that L2 runs on, 0 while L1 runs.
     pub vmcb12: u64,
     /// The event that L1's VMRUN injected and that may be injected again.
@@ -84,7 +88,7 @@ pub struct SavedState {
 }
 
 const_assert_eq!(size_of::<SavedLevel>(), 0x298 + 56);
-const_assert_eq!(size_of::<SavedState>(), 48 + 0xE0 + 0x20 + 2 * (0x298 + 56));
+const_assert_eq!(size_of::<SavedState>(), 56 + 0xE0 + 0x20 + 2 * (0x298 + 56));
 
 /// Why a state cannot be restored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,7 +97,7 @@ pub enum RestoreError {
     Version,
     /// Undefined flags, a non-zero reserved field, or flags that exclude each other.
     Flags,
-    /// VM_CR or VM_HSAVE_PA hold what WRMSR would refuse.
+    /// VM_CR, VM_HSAVE_PA or TSC_RATIO hold what WRMSR would refuse.
     Msr,
     /// The VMCB's address is none.
     VmcbAddress,
@@ -142,6 +146,7 @@ impl NestedSvm {
             reserved: 0,
             vm_cr: self.vm_cr,
             hsave_pa: self.hsave_pa,
+            tsc_ratio: self.tsc_ratio,
             vmcb12,
             injected: self.injected,
             control: self.control,
@@ -171,6 +176,7 @@ impl NestedSvm {
         nested.gif = has(flag::GIF);
         nested.vm_cr = saved.vm_cr;
         nested.hsave_pa = saved.hsave_pa;
+        nested.tsc_ratio = saved.tsc_ratio;
         let interrupt = has(flag::INTERRUPT).then_some(saved.vector as u8);
         nested.events = Events::from_parts(has(flag::NMI), has(flag::INIT), interrupt, has(flag::NMI_BLOCKED));
         nested.control = saved.control;
@@ -244,6 +250,10 @@ fn validate(config: &Config, saved: &SavedState) -> Result<(), RestoreError> {
         return Err(RestoreError::Flags);
     }
     if saved.vm_cr & !0x1F != 0 || saved.hsave_pa & 0xFFF != 0 || !config.legal_gpa(saved.hsave_pa) {
+        return Err(RestoreError::Msr);
+    }
+    let scalable = config.offered.has(Features::TSC_RATE) && saved.tsc_ratio & TSC_RATIO_RESERVED == 0;
+    if saved.tsc_ratio != TSC_RATIO_ONE && !scalable {
         return Err(RestoreError::Msr);
     }
     if saved.vmcb12 & 0xFFF != 0 || !config.legal_gpa(saved.vmcb12) || (!in_l2 && saved.vmcb12 != 0) {

@@ -11,6 +11,7 @@ use crate::machine::MergedMap;
 use crate::maps::HotWords;
 use crate::vmcb::bits::{np, rflags};
 use crate::vmcb::{Control, EnlightenedVmcbFields, Save, Vmcb};
+use crate::vmrun::TSC_RATIO_ONE;
 
 /// What tells one nested context from another: entries made under one are no good for the other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,6 +51,8 @@ pub struct NestedSvm {
     pub(crate) svme: bool,
     pub(crate) vm_cr: u64,
     pub(crate) hsave_pa: u64,
+    /// TSC_RATIO of L1.
+    pub(crate) tsc_ratio: u64,
     pub(crate) gif: bool,
     pub(crate) level: Level,
     /// The VMCB that `control` and `memory_save` are copies of. `None` before the first VMRUN and whenever the copies
@@ -83,6 +86,7 @@ impl NestedSvm {
             svme: false,
             vm_cr: 0,
             hsave_pa: 0,
+            tsc_ratio: TSC_RATIO_ONE,
             gif: true,
             level: Level::L1,
             vmcb12: None,
@@ -108,6 +112,7 @@ impl NestedSvm {
         self.svme = false;
         self.vm_cr = 0;
         self.hsave_pa = 0;
+        self.tsc_ratio = TSC_RATIO_ONE;
         self.gif = true;
         self.level = Level::L1;
         self.vmcb12 = None;

@@ -93,7 +93,10 @@ impl NestedSvm {
             view.write::<0xA8>(&[0; 8])?;
         }
         if self.config.offered.has(Features::NRIPS) {
-            let tail = control.as_bytes().get(0xC8..0xE0).unwrap_or_default();
+            // An exit that is not the processor's own came at no instruction.
+            let none = [0; 24];
+            let own = exit.code == control.exit_code;
+            let tail = if own { control.as_bytes().get(0xC8..0xE0).unwrap_or_default() } else { &none };
             let len = if self.config.offered.has(Features::DECODE_ASSISTS) { 24 } else { 8 };
             view.write::<0xC8>(tail.get(..len).unwrap_or_default())?;
         }
@@ -121,8 +124,14 @@ impl NestedSvm {
         if self.hardware_vgif() {
             changed |= int_ctl::V_GIF;
         }
+        if self.control.int_ctl & int_ctl::V_NMI_ENABLE != 0 {
+            changed |= int_ctl::V_NMI | int_ctl::V_NMI_MASK;
+        }
         if self.withholds_virq() {
             changed &= !int_ctl::V_IRQ;
+        }
+        if self.withholds_vnmi() {
+            changed &= !int_ctl::V_NMI;
         }
         self.control.int_ctl & !changed | now & changed
     }
@@ -168,8 +177,7 @@ impl NestedSvm {
             view.write_save::<0x668, 0x670>(to)?;
         }
         if self.control.virt_ext & virt_ext::LBR != 0 {
-            (to.dbgctl, to.br_from, to.br_to) = (from.dbgctl, from.br_from, from.br_to);
-            (to.last_excp_from, to.last_excp_to) = (from.last_excp_from, from.last_excp_to);
+            to.set_branches(from);
             view.write_save::<0x670, 0x698>(to)?;
         }
         Ok(())
@@ -181,6 +189,9 @@ impl NestedSvm {
         m.vmcb01.save.dr6 = m.vmcb02.save.dr6;
         if self.control.np_control & np::ENABLE == 0 {
             m.vmcb01.save.g_pat = m.vmcb02.save.g_pat;
+        }
+        if self.control.virt_ext & virt_ext::LBR == 0 && m.vmcb01.control.virt_ext & virt_ext::LBR != 0 {
+            m.vmcb01.save.set_branches(&m.vmcb02.save);
         }
         m.vmcb02.control.event_inj = 0;
         m.vmcb02.control.exit_int_info = 0;

@@ -60,7 +60,7 @@ pub(crate) fn sanitize(config: &Config, control: &mut Control) {
     control.int_ctl &= config.int_ctl;
     control.int_state &= int_state::SHADOW;
     control.np_control &= if offered.has(Features::NP) { np::ENABLE } else { 0 };
-    control.virt_ext &= if offered.has(Features::LBR) { virt_ext::LBR } else { 0 };
+    control.virt_ext &= config.virt_ext;
     if control.event_inj & Event::VALID == 0 {
         control.event_inj = 0;
     }
@@ -112,6 +112,12 @@ impl NestedSvm {
         view.read::<0>(head)?;
         let unchanged = if known && self.config.offered.has(Features::VMCB_CLEAN) { self.control.clean } else { 0 };
         sanitize(&self.config, &mut self.control);
+        if self.control.event_inj & Event::VALID != 0 && self.config.offered.has(Features::NRIPS) {
+            // What an injected INTn, INT3 or INTO pushes.
+            let mut next_rip = [0; 8];
+            view.read::<0xC8>(&mut next_rip)?;
+            self.control.next_rip = u64::from_ne_bytes(next_rip);
+        }
         let save = &mut self.memory_save;
         if self.config.enlightened {
             // VM_ID, VP_ID and the assist address are read at every entry, whatever clean bit 31 says: Linux writes
@@ -192,8 +198,10 @@ impl NestedSvm {
             (to.s_cet, to.ssp, to.isst_addr) = (from.s_cet, from.ssp, from.isst_addr);
         }
         if self.control.virt_ext & virt_ext::LBR != 0 {
-            (to.dbgctl, to.br_from, to.br_to) = (from.dbgctl, from.br_from, from.br_to);
-            (to.last_excp_from, to.last_excp_to) = (from.last_excp_from, from.last_excp_to);
+            to.set_branches(from);
+        } else if vmcb01.control.virt_ext & virt_ext::LBR != 0 {
+            // L2 goes on with L1's.
+            to.set_branches(&vmcb01.save);
         }
     }
 
@@ -208,7 +216,7 @@ impl NestedSvm {
         } else {
             (own.pause_count, own.pause_threshold)
         };
-        to.tsc_offset = own.tsc_offset.wrapping_add(from.tsc_offset);
+        to.tsc_offset = self.tsc_offset(own.tsc_offset);
         to.int_state = from.int_state;
         to.exit_int_info = 0;
         to.event_inj = Event::from_raw(from.event_inj).raw();
@@ -216,7 +224,10 @@ impl NestedSvm {
         to.np_control = own.np_control;
         // With nested paging the embedder puts the root of the shadow page table here.
         to.n_cr3 = own.n_cr3;
-        to.virt_ext = from.virt_ext;
+        to.virt_ext = (from.virt_ext | own.virt_ext) & virt_ext::LBR;
+        if self.hardware_vmload() {
+            to.virt_ext |= virt_ext::VMLOAD_VMSAVE;
+        }
         to.next_rip = from.next_rip;
     }
 
@@ -224,7 +235,7 @@ impl NestedSvm {
     pub(crate) fn merge_intercepts(&self, own: &Intercepts) -> Intercepts {
         let control = &self.control;
         let mut own = *own;
-        own.misc1 &= !(misc1::VINTR | misc1::PAUSE | self.events.watched_misc1());
+        own.misc1 &= !(misc1::VINTR | self.events.watched_misc1());
         if control.int_ctl & int_ctl::V_INTR_MASKING != 0 {
             // CR8 is L2's V_TPR then.
             own.cr &= !(1 << 8 | 1 << 24);
@@ -235,6 +246,10 @@ impl NestedSvm {
         if self.hardware_vgif() {
             merged.misc2 &= !(misc2::STGI | misc2::CLGI) | control.intercepts.misc2;
         }
+        if self.hardware_vmload() {
+            // They name L2's memory, by way of the shadow page table.
+            merged.misc2 &= !(misc2::VMLOAD | misc2::VMSAVE) | control.intercepts.misc2;
+        }
         merged.misc1 |= misc1::INVLPGA;
         merged
     }
@@ -242,6 +257,32 @@ impl NestedSvm {
     /// True when L2 has a virtual GIF that the processor keeps.
     pub(crate) fn hardware_vgif(&self) -> bool {
         self.control.int_ctl & int_ctl::V_GIF_ENABLE != 0 && self.config.host.features.has(Features::VGIF)
+    }
+
+    /// True when L1 gives L2 VMLOAD and VMSAVE on L2's own physical addresses.
+    pub(crate) const fn virtual_vmload(&self) -> bool {
+        self.control.virt_ext & virt_ext::VMLOAD_VMSAVE != 0 && self.control.np_control & np::ENABLE != 0
+    }
+
+    /// True when the processor does that.
+    pub(crate) const fn hardware_vmload(&self) -> bool {
+        self.virtual_vmload() && self.config.host.features.has(Features::V_VMSAVE_VMLOAD)
+    }
+
+    /// TSC offset of L2, whose TSC is L1's, scaled and shifted as L1 says. `own` is the offset of L1's TSC.
+    pub(crate) fn tsc_offset(&self, own: u64) -> u64 {
+        let own = if self.tsc_ratio == TSC_RATIO_ONE { own } else { scale(own, self.tsc_ratio) };
+        own.wrapping_add(self.control.tsc_offset)
+    }
+
+    /// What the processor's TSC_RATIO must be while the level runs that is entered next, for an embedder that offers
+    /// [`Features::TSC_RATE`]; `own` is the ratio that the embedder gives L1 (8.32 fixed point). It may change with
+    /// every change of level and when L1 or L2 writes the MSR.
+    pub const fn hardware_tsc_ratio(&self, own: u64) -> u64 {
+        match self.level {
+            Level::L1 => own,
+            Level::L2 => ((own as u128).wrapping_mul(self.tsc_ratio as u128) >> 32) as u64,
+        }
     }
 
     /// Chooses and refreshes the permission maps of L2.
@@ -270,6 +311,15 @@ impl NestedSvm {
             to.iopm_base = m.vmcb01.control.iopm_base;
         }
     }
+}
+
+/// TSC_RATIO after reset: one, in 8.32 fixed point.
+pub(crate) const TSC_RATIO_ONE: u64 = 1 << 32;
+
+/// The signed `offset` times `ratio` (8.32 fixed point).
+fn scale(offset: u64, ratio: u64) -> u64 {
+    // 64 bits times 40: no overflow of 128.
+    ((offset as i64 as i128).wrapping_mul(ratio as i128) >> 32) as u64
 }
 
 /// Bits of RFLAGS that exist: all others read as zero, bit 1 as one.

@@ -8,6 +8,7 @@ use hvcore::addr::{L1Gpa, L2Gpa};
 use hvcore::memory::{Access, GuestMemory, SecondStage, TranslateError};
 
 use super::format::{A, CACHE, D, NX, NptFormat, P, PagingMode, U, W, low_mask};
+use super::info1;
 
 /// Walks that are tried when L1 keeps changing the entries.
 const ATTEMPTS: usize = 8;
@@ -23,6 +24,19 @@ pub enum WalkFault {
     Rights,
     /// L1 changed the entries at every attempt; nobody is at fault, the access may be tried again.
     Unsettled,
+}
+
+impl WalkFault {
+    /// EXITINFO1 of the nested page fault of an access by a physical address that no linear address led to.
+    pub(crate) const fn info1(self, access: Access) -> u64 {
+        let found = match self {
+            Self::NotPresent | Self::Unsettled => 0,
+            Self::Reserved => info1::PRESENT | info1::RESERVED,
+            Self::Rights => info1::PRESENT,
+        };
+        let write = if matches!(access, Access::Write) { info1::WRITE } else { 0 };
+        found | write | info1::USER | info1::FINAL
+    }
 }
 
 /// What a walk found.

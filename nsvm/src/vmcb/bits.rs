@@ -373,6 +373,8 @@ bit_consts! {
 
 /// DR6.BS: the trap came from single-stepping.
 pub const DR6_BS: u64 = 1 << 14;
+/// S_CET bits that exist: shadow stacks enabled, WRSS enabled.
+pub const S_CET_DEFINED: u64 = 3;
 /// DR7 after reset and after every #VMEXIT.
 pub const DR7_RESET: u64 = 0x400;
 

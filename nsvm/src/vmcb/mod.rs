@@ -224,6 +224,18 @@ const_assert_eq!(size_of::<Save>(), 0x298);
 const_assert_eq!(size_of::<Segment>(), 16);
 const_assert_eq!(size_of::<Vmcb>(), 0x1000);
 
+impl Save {
+    /// Takes over DBGCTL and the last-branch registers of `from`.
+    #[inline]
+    pub const fn set_branches(&mut self, from: &Self) {
+        self.dbgctl = from.dbgctl;
+        self.br_from = from.br_from;
+        self.br_to = from.br_to;
+        self.last_excp_from = from.last_excp_from;
+        self.last_excp_to = from.last_excp_to;
+    }
+}
+
 impl Vmcb {
     /// True when the guest described here runs 64-bit code: long mode active and CS.L set.
     #[inline]

@@ -6,6 +6,7 @@ mod asid;
 mod checks;
 mod entry;
 mod events;
+mod extensions;
 mod insn;
 mod instructions;
 mod maps;

@@ -6,7 +6,7 @@ use nsvm::vmcb::bits::{cr0, int_ctl, misc1, tlb};
 use nsvm::{L1Exit, L2Exit, NestedSvm, exit_code};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use crate::rig::{Rig, plain};
+use crate::rig::{Rig, host, plain};
 
 fn config() -> Config {
     Config::all(plain(), 8, true).unwrap()
@@ -147,7 +147,7 @@ fn rejected(error: RestoreError, change: impl Fn(&mut SavedState)) {
 
 #[test]
 fn what_cannot_be_is_not_restored() {
-    rejected(RestoreError::Version, |s| s.version = 2);
+    rejected(RestoreError::Version, |s| s.version = 1);
     rejected(RestoreError::Flags, |s| s.flags |= 1 << 7);
     rejected(RestoreError::Flags, |s| s.flags &= !1);
     rejected(RestoreError::Flags, |s| s.reserved = 1);
@@ -155,6 +155,7 @@ fn what_cannot_be_is_not_restored() {
     rejected(RestoreError::Msr, |s| s.vm_cr = 1 << 5);
     rejected(RestoreError::Msr, |s| s.hsave_pa = 8);
     rejected(RestoreError::Msr, |s| s.hsave_pa = 1 << 40);
+    rejected(RestoreError::Msr, |s| s.tsc_ratio = 2 << 32);
     rejected(RestoreError::VmcbAddress, |s| s.vmcb12 |= 1);
     rejected(RestoreError::VmcbAddress, |s| s.vmcb12 = 1 << 40);
     rejected(RestoreError::VmcbAddress, |s| s.flags &= !4);
@@ -171,7 +172,19 @@ fn what_cannot_be_is_not_restored() {
     rejected(RestoreError::Event, |s| s.l2.event_inj = 1 << 31 | 1 << 8);
     rejected(RestoreError::Event, |s| s.l1.exit_int_info = 1 << 31 | 7 << 8);
     let mut rig = in_l2();
-    let saved = save(&mut rig);
+    let mut saved = save(&mut rig);
+    // Where the ratio is offered it may be anything that WRMSR takes.
+    let host = host(Features::NP.union(Features::TSC_RATE));
+    let rate = Config::new(host, config().features().union(Features::TSC_RATE), 8, true).unwrap();
+    for (ratio, error) in [(1 << 40, Some(RestoreError::Msr)), (2 << 32, None)] {
+        saved.tsc_ratio = ratio;
+        let restored = rig.call(|_, m| NestedSvm::restore(rate, &saved, m));
+        assert_eq!(restored.as_ref().err(), error.as_ref());
+        if let Ok(nested) = restored {
+            assert_eq!(nested.hardware_tsc_ratio(1 << 32), 2 << 32);
+        }
+    }
+    saved.tsc_ratio = 1 << 32;
     let plain = Config::new(plain(), Features::NP, 8, false).unwrap();
     let error = rig.call(|_, m| NestedSvm::restore(plain, &saved, m).err());
     assert_eq!(error, Some(RestoreError::Enlightenments));
