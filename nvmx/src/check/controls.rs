@@ -52,8 +52,6 @@ pub enum Controls {
     VmFunctions,
     /// The EPTP-list address.
     EptpList,
-    /// The address of the VMREAD or the VMWRITE bitmap.
-    ShadowBitmap,
     /// TSC multiplier 0.
     TscMultiplier,
     /// VM-exit controls that must be 1 or are not offered.
@@ -102,7 +100,6 @@ pub fn controls<M: GuestMemory + ?Sized>(vmcs: &Vmcs12, config: &Config, memory:
     ensure(!window || pins & pin::VIRTUAL_NMIS != 0, Controls::NmiWindow)?;
     if secondaries != 0 {
         translation(vmcs, config, secondaries)?;
-        others(vmcs, config, secondaries)?;
     }
     exits(vmcs, config, pins)?;
     entries(vmcs, config)?;
@@ -149,7 +146,7 @@ fn apic<M: GuestMemory + ?Sized>(
     ensure(!interrupts || pins & pin::EXTERNAL_INTERRUPT_EXITING != 0, Controls::VirtualInterruptDelivery)
 }
 
-/// VPID, EPT and what builds on them.
+/// VPID, EPT and what builds on them; TSC scaling.
 fn translation(vmcs: &Vmcs12, config: &Config, secondaries: u32) -> Result<(), Controls> {
     let has = |control| secondaries & control != 0;
     let ept = has(secondary::EPT);
@@ -167,7 +164,7 @@ fn translation(vmcs: &Vmcs12, config: &Config, secondaries: u32) -> Result<(), C
             ensure(address(config, vmcs.get(Field::EptpListAddress), 4096), Controls::EptpList)?;
         }
     }
-    Ok(())
+    ensure(!has(secondary::TSC_SCALING) || vmcs.get(Field::TscMultiplier) != 0, Controls::TscMultiplier)
 }
 
 /// True for an EPT pointer that VM entry (or EPTP switching) accepts: memory type, walk length, accessed and dirty flags
@@ -183,15 +180,6 @@ pub(crate) fn eptp_is_valid(config: &Config, eptp: u64) -> bool {
     let needed = memory_type | flags | ept_vpid::WALK_4;
     // Bits 5:3 are the walk length less 1; bit 7 is for supervisor shadow stacks, which are not offered.
     config.ept_vpid & needed == needed && eptp & 0xFB8 == 3 << 3 && config.legal_gpa(eptp)
-}
-
-fn others(vmcs: &Vmcs12, config: &Config, secondaries: u32) -> Result<(), Controls> {
-    if secondaries & secondary::VMCS_SHADOWING != 0 {
-        let both = vmcs.get(Field::VmreadBitmap) | vmcs.get(Field::VmwriteBitmap);
-        ensure(address(config, both, 4096), Controls::ShadowBitmap)?;
-    }
-    let scaling = secondaries & secondary::TSC_SCALING != 0;
-    ensure(!scaling || vmcs.get(Field::TscMultiplier) != 0, Controls::TscMultiplier)
 }
 
 /// An MSR area of `count` entries of 16 bytes at `at`.

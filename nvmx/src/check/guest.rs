@@ -6,7 +6,7 @@ use crate::bits::{access_rights, activity, cr0, cr4, efer, interruptibility, int
 use crate::caps::{Config, misc};
 use crate::controls::{entry, pin, secondary};
 use crate::field::Field;
-use crate::vmcs12::{REVISION, SHADOW_INDICATOR, Vmcs12};
+use crate::vmcs12::{REVISION, Vmcs12};
 use hvcore::addr::L1Gpa;
 use hvcore::memory::GuestMemory;
 
@@ -314,9 +314,8 @@ fn link<M: GuestMemory + ?Sized>(vmcs: &Vmcs12, config: &Config, root: Root, mem
     }
     ensure(address(config, link, 4096), Guest::LinkPointer)?;
     ensure(L1Gpa::new(link) != root.current, Guest::LinkCurrent)?;
-    let shadowing = secondary_controls(vmcs) & secondary::VMCS_SHADOWING != 0;
-    let wanted = if shadowing { REVISION | SHADOW_INDICATOR } else { REVISION };
-    ensure(word(memory, link) == wanted, Guest::LinkRevision)
+    // A shadow VMCS would need "VMCS shadowing", which is not offered.
+    ensure(word(memory, link) == REVISION, Guest::LinkRevision)
 }
 
 fn pdptes<M: GuestMemory + ?Sized>(
