@@ -24,6 +24,8 @@ mod scenarios;
 mod setup;
 mod stages;
 mod test;
+mod trace;
+mod trace_svg;
 mod verdict;
 mod watch;
 
@@ -50,6 +52,8 @@ enum Command {
     QemuTest(qemu_test::Args),
     /// Boot the L0 hypervisor with a kernel of your own as L1
     RunL1(run_l1::Args),
+    /// Draw a stretch of a timeline
+    TraceSvg(trace_svg::Args),
     /// Count instructions of the hot paths, on valgrind
     Bench(bench::Args),
     /// Fuzz one target, or replay the committed seeds where there is no fuzzer
@@ -63,6 +67,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::QemuTest(args) => qemu_test::run(&ctx, args),
         Command::Bench(args) => bench::run(&ctx, args),
         Command::Fuzz(args) => fuzz::run(&ctx, args),
+        Command::TraceSvg(args) => trace_svg::run(&ctx, args),
         Command::RunL1(args) => run_l1::run(&ctx, args),
     }
 }

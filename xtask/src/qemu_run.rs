@@ -7,6 +7,7 @@ use crate::machine::{self, Accel, Ended, Loaded, Run};
 use crate::results::{self, ResultLine, Verdict};
 use crate::scenarios::{BARE_LINUX, Chosen, Content, Machine, SCENARIOS, Scenario};
 use crate::setup;
+use crate::trace;
 use crate::verdict::verdict;
 use crate::watch::{Progress, Watch};
 use std::collections::BTreeMap;
@@ -18,7 +19,7 @@ use std::time::Duration;
 const RERUNS: usize = 2;
 
 /// How scenarios are run.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Options {
     /// How QEMU executes guest code.
     pub accel: Accel,
@@ -30,6 +31,8 @@ pub struct Options {
     pub churn: Option<u32>,
     /// Runs on one processor count instructions.
     pub icount: bool,
+    /// Where the timelines go; `true`: of several runs, each to a file beside it.
+    pub trace: Option<(PathBuf, bool)>,
 }
 
 /// What scenarios are made of.
@@ -119,6 +122,7 @@ fn run_one(
                 continue;
             }
         }
+        let judged = judged.and_then(|()| write_timeline(ctx, options, chosen, cpus, &ended));
         let verdict = match (judged, faults.len() > RERUNS) {
             (Ok(()), _) => Verdict::Pass,
             (Err(_), true) => Verdict::Emulator(faults.join("\n  ")),
@@ -147,7 +151,7 @@ fn emulators_fault(
     }
     let Some(control) = SCENARIOS.iter().find(|s| Some(s.name) == scenario.control) else { return Ok(None) };
     let cpus = options.smp.unwrap_or(scenario.cpus);
-    let options = Options { smp: Some(cpus), ..*options };
+    let options = Options { smp: Some(cpus), ..options.clone() };
     let progress = Progress { what: format!("{}, the control of {}", control.name, scenario.name), ..progress.clone() };
     let (ended, _) = run_once(ctx, &options, ingredients, &Chosen::whole(control), progress)?;
     let failed = verdict(control.expect, cpus, &ended).is_err();
@@ -164,8 +168,7 @@ fn run_once(
 ) -> Result<(Ended, Vec<Duration>)> {
     let scenario = chosen.scenario;
     let cpus = options.smp.unwrap_or(scenario.cpus);
-    let machine_name = scenario.machine_name(cpus);
-    let directory = ctx.work_dir(&format!("run/{}-{}", scenario.name, machine_name.replace(' ', "-")))?;
+    let directory = ctx.work_dir(&format!("run/{}", run_name(scenario, cpus)))?;
     // What an earlier run left could pass for output of this one.
     fs::remove_dir_all(&directory)?;
     fs::create_dir_all(&directory)?;
@@ -195,6 +198,41 @@ fn run_once(
     Ok((ended?, times))
 }
 
+/// Writes what L0 recorded of the run, if it was told to; a timeline that is not whole fails the run.
+fn write_timeline(
+    ctx: &Ctx,
+    options: &Options,
+    chosen: &Chosen,
+    cpus: u32,
+    ended: &Ended,
+) -> std::result::Result<(), String> {
+    let name = run_name(chosen.scenario, cpus);
+    let path = match &options.trace {
+        _ if !image_args(options, chosen, cpus, false).split_ascii_whitespace().any(|word| word == "trace") => {
+            return Ok(());
+        }
+        Some((path, true)) => beside(path, &name),
+        Some((path, false)) => path.clone(),
+        None => match ctx.work_dir(&format!("run/{name}")) {
+            Ok(directory) => directory.join("trace.json"),
+            Err(error) => return Err(format!("  {error}")),
+        },
+    };
+    trace::write(&path, &trace::records(&ended.emulator)).map(|_| ()).map_err(|error| format!("  {error}"))
+}
+
+/// The name of a run's directory.
+fn run_name(scenario: &Scenario, cpus: u32) -> String {
+    format!("{}-{}", scenario.name, scenario.machine_name(cpus).replace(' ', "-"))
+}
+
+/// `FILE-NAME.json` for `FILE.json`.
+fn beside(path: &Path, name: &str) -> PathBuf {
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let extension = path.extension().map_or(String::new(), |e| format!(".{}", e.to_string_lossy()));
+    path.with_file_name(format!("{stem}-{name}{extension}"))
+}
+
 /// The command line of the image that boots.
 fn image_args(options: &Options, chosen: &Chosen, cpus: u32, counted: bool) -> String {
     let scenario = chosen.scenario;
@@ -214,6 +252,9 @@ fn image_args(options: &Options, chosen: &Chosen, cpus: u32, counted: bool) -> S
         }
         if !chosen.parts.is_empty() {
             args += " test-hooks";
+        }
+        if options.trace.is_some() {
+            args += " trace";
         }
     }
     args

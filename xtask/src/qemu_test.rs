@@ -27,6 +27,10 @@ pub struct Args {
     /// Run everything N times, and fail when one of the runs fails
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..))]
     repeat: u32,
+    /// Write the timeline of every processor to FILE, as Chrome trace-event JSON (Perfetto opens it); of several runs to
+    /// files beside it, with the runs' names in theirs
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// Seconds that a run of an emulator may take, instead of the scenario's own limit
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
@@ -54,8 +58,14 @@ pub fn run(ctx: &Ctx, args: Args) -> Result<()> {
         return Ok(());
     }
     let chosen = choose(&args);
-    let options =
-        Options { accel: args.accel, timeout: args.timeout, smp: args.smp, churn: args.churn, icount: args.icount };
+    let options = Options {
+        accel: args.accel,
+        timeout: args.timeout,
+        smp: args.smp,
+        churn: args.churn,
+        icount: args.icount,
+        trace: args.trace.clone().map(|path| (path, chosen.len() > 1)),
+    };
     let mut log = Log::create(ctx, "qemu-test")?;
     let ingredients = Ingredients::prepare(ctx, &mut log, &chosen, args.freestanding);
     let ingredients = ingredients.map_err(|e| format!("{e} (details: {})", log.path().display()))?;
@@ -138,7 +148,7 @@ fn summary(lines: &[ResultLine]) -> String {
 
 /// For a stage of `cargo xtask test`: everything, or what the runtime itself needs, with the table in the log.
 pub fn stage(ctx: &Ctx, log: &mut Log, freestanding: Freestanding) -> Result<String> {
-    let options = Options { accel: Accel::Tcg, timeout: None, smp: None, churn: None, icount: false };
+    let options = Options { accel: Accel::Tcg, timeout: None, smp: None, churn: None, icount: false, trace: None };
     // The second target shows that the runtime works there: the nested scenarios need not run twice.
     let runs_here = |s: &&Scenario| !s.slow && (freestanding != Freestanding::Host || s.image == "selftest");
     let chosen: Vec<Chosen> = SCENARIOS.iter().filter(runs_here).map(Chosen::whole).collect();

@@ -329,6 +329,8 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { machine: NO_VGIF, ..SVM },
     // Nested state goes through its saved form every seventh exit.
     Scenario { name: "svm-churn", args: "churn=7 audit", cpus: 2, ..SVM },
+    // A timeline is recorded, and what became of it is checked.
+    Scenario { name: "trace", image: "l0", args: "trace", modules: FLUSH, cpus: 3, ..BASE },
     Scenario { name: "svm-hostile-100000", image: "l0", args: "audit", modules: HOSTILE, timeout: 600, ..BASE },
     // A kernel that nobody here wrote.
     Scenario { name: "linux-shell", modules: LINUX_SHELL, cpus: 2, typed: Some(POWER_OFF), expect: SHELL_ENDS, ..LINUX },

@@ -26,6 +26,7 @@ use crate::relocate::{self, phys_of};
 use crate::say;
 use crate::shared::{Shared, Vendor};
 use crate::svm::SvmHost;
+use crate::trace;
 use crate::vmx::host::VmxHost;
 use crate::vp::Vp;
 use crate::{fatal, vmx};
@@ -93,11 +94,13 @@ pub fn main(boot: &'static BootInfo) -> ExitCode {
     let map = map_for_l1(boot, hole);
     let shared = SHARED.call_once(|| shared(boot, hole));
     if shared.audit {
-        let cpus = boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1);
-        audit::start(cpus, crate::pages::SHADOW_PAGES);
+        audit::start(cpus(boot) as usize, crate::pages::SHADOW_PAGES);
+    }
+    if shared.trace && !trace::start(cpus(boot) as usize) {
+        give_up(format_args!("no memory for the timeline"));
     }
     load_l1(&modules, shared, &map);
-    let cpus = boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1);
+    let cpus = cpus(boot);
     match &shared.vendor {
         Vendor::Svm(SvmHost { leaf, .. }) => {
             say!("l0: cpus {cpus} hole {:#x}..{:#x} asids {} svm {:#x}", hole.start, hole.end, leaf.ebx, leaf.edx);
@@ -110,6 +113,11 @@ pub fn main(boot: &'static BootInfo) -> ExitCode {
         give_up(format_args!("{cpus} processors asked for, {} came", missing.online));
     }
     run(0)
+}
+
+/// How many processors L0 is to take.
+fn cpus(boot: &BootInfo) -> u32 {
+    boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1)
 }
 
 /// The memory map that L1 sees.
@@ -155,6 +163,8 @@ fn shared(boot: &BootInfo, hole: Range) -> Shared {
         churn: boot.argument("churn").and_then(|n| n.parse().ok()).unwrap_or(0),
         count: has_word(boot, "count"),
         audit: has_word(boot, "audit"),
+        trace: has_word(boot, "trace"),
+        observed: ["count", "audit", "trace"].iter().any(|word| has_word(boot, word)),
         mutant: boot.argument("mutant").and_then(Mutant::named),
         test_hooks: has_word(boot, "test-hooks"),
     }

@@ -45,6 +45,14 @@ pub fn print_dying(args: fmt::Arguments<'_>) {
     drop(lock);
 }
 
+/// True when no processor prints for good: what comes after the last words may still be printed.
+pub fn is_free() -> bool {
+    (0..1_000_000).any(|_| {
+        core::hint::spin_loop();
+        LOCK.try_lock().is_some()
+    })
+}
+
 /// Prints a line on L0's debug port.
 #[macro_export]
 macro_rules! say {

@@ -2,8 +2,9 @@
 
 use hw::port;
 
-use crate::debug::print_dying;
+use crate::debug::{self, print_dying};
 use crate::ports;
+use crate::trace;
 use crate::vp::Vp;
 use nsvm::vmcb::Vmcb;
 
@@ -92,6 +93,9 @@ fn vmcb(v: &Vmcb) {
 
 /// Ends the machine with the status that says that L0 gave up.
 pub fn end() -> ! {
+    if debug::is_free() {
+        trace::print();
+    }
     // SAFETY: the debug-exit device ends the emulator; without it the write goes nowhere.
     unsafe { port::outl(DEBUG_EXIT, GAVE_UP) };
     ports::bochs_shutdown();

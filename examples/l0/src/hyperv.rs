@@ -43,6 +43,7 @@ use crate::mutant::Mutant;
 use crate::registers::{CallRegisters, Gprs};
 use crate::relocate::phys_of;
 use crate::shared::Shared;
+use crate::trace;
 use crate::vp::Vp;
 
 static FLUSH: [VpFlush; MAX_CPUS] = [const { VpFlush::new() }; MAX_CPUS];
@@ -271,8 +272,14 @@ fn settle(shared: &Shared, shootdown: &mut Shootdown, posted: Posted, counters: 
         shared.kick(usize::from(slot));
     }
     if posted == Posted::Wait {
+        if shared.trace {
+            trace::record(rt::cpu::current().index as usize, trace::Event::WaitBegins);
+        }
         while !shootdown.poll(shared.hyperv.domain.vps()) {
             hw::cpu::pause();
+        }
+        if shared.trace {
+            trace::record(rt::cpu::current().index as usize, trace::Event::WaitEnds);
         }
     }
 }
@@ -342,6 +349,9 @@ pub fn direct_flush(vp: &mut Vp, next_rip: u64) -> Result<(), Failure> {
                 Some(0) => Ok(()),
                 Some(_) => {
                     vp.counters.synthetic_exits.add(1);
+                    if vp.shared.trace {
+                        trace::record(vp.id, trace::Event::Synthetic);
+                    }
                     synthetic_exit(vp)
                 }
                 None => {

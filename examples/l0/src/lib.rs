@@ -33,5 +33,6 @@ pub mod registers;
 pub mod relocate;
 pub mod shared;
 pub mod svm;
+pub mod trace;
 pub mod vmx;
 pub mod vp;

@@ -8,6 +8,7 @@ use hw::port;
 use crate::counters;
 use crate::permissions::DEBUG_EXIT;
 use crate::shared::Shared;
+use crate::trace;
 
 /// Bochs ends when "Shutdown" is written here, a byte at a time.
 const BOCHS_SHUTDOWN: u16 = 0x8900;
@@ -17,6 +18,7 @@ pub fn end(shared: &Shared, number: u16, value: u32, size: u64) {
     let power_off = value & 1 << 13 != 0;
     if number == DEBUG_EXIT || power_off {
         counters::print(shared.ipis.count());
+        trace::print();
         if number == DEBUG_EXIT {
             crate::say!("l0: end: value {value:#x}");
         } else {
@@ -39,6 +41,7 @@ pub fn end(shared: &Shared, number: u16, value: u32, size: u64) {
 
 /// Resets the machine.
 pub fn reset() -> ! {
+    trace::print();
     crate::say!("l0: end: reset");
     // SAFETY: the reset port of PC chipsets, then the keyboard controller's: the machine restarts.
     unsafe {

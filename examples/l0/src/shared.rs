@@ -10,6 +10,7 @@ use crate::memory::L1Memory;
 use crate::mutant::Mutant;
 use crate::npt01::{Kind, Npt01};
 use crate::svm::SvmHost;
+use crate::trace;
 use crate::vmx::host::VmxHost;
 
 /// The processor's virtualization extension, and what all VPs need to know of it.
@@ -56,6 +57,10 @@ pub struct Shared {
     pub count: bool,
     /// The TLB auditor is on.
     pub audit: bool,
+    /// A timeline is recorded.
+    pub trace: bool,
+    /// One of `count`, `audit` and `trace`: the run loop asks once.
+    pub observed: bool,
     /// A fault to commit.
     pub mutant: Option<Mutant>,
 }
@@ -78,6 +83,9 @@ impl Shared {
     pub fn kick(&self, cpu: usize) {
         let Some(apic_id) = self.ipis.apic_id(cpu) else { return };
         if self.ipis.start_kick(cpu) {
+            if self.trace {
+                trace::record(rt::cpu::current().index as usize, trace::Event::Kick(cpu));
+            }
             // SAFETY: the target runs L0, whose NMI handler counts the kick, or a guest, whose NMIs are intercepted.
             unsafe { self.apic.send_preserving_icr(apic_id, hw::apic::ICR_ASSERT | hw::apic::ICR_NMI) };
         }

@@ -28,6 +28,7 @@ use crate::permissions::{IOPM01, MSRPM01};
 use crate::registers::Gprs;
 use crate::shared::Shared;
 use crate::svm::SvmHost;
+use crate::trace;
 use hvcore::flush::LocalFlush;
 use nsvm::vmcb::bits::{DR7_RESET, Intercepts, efer, int_ctl, misc1, misc2};
 use nsvm::vmcb::{Segment, Vmcb};
@@ -253,6 +254,9 @@ impl Vp {
         if let Some(due) = self.flush.enter(level)
             && self.shared.mutant != Some(Mutant::DrainSkipped)
         {
+            if self.shared.trace {
+                trace::record(self.id, trace::Event::Drained(level));
+            }
             hyperv::apply(&mut self.nested, &mut self.shadow, level, &due, self.counters);
         }
         if self.shadow.tag_stale() {
@@ -341,20 +345,14 @@ impl Vp {
             Level::L1 => self.pa.vmcb01,
             Level::L2 => self.pa.vmcb02,
         };
-        if self.shared.audit {
-            self.audit_entry(plan.level);
-        }
-        if self.shared.count {
-            self.counters.l0_instructions.add(cpu::rdtsc().wrapping_sub(self.left_at));
+        if self.shared.observed {
+            self.observe_entry(plan.level);
         }
         // SAFETY: GIF is clear since `new`; the addresses are of this VP's own pages; the guest is confined by
         // nested paging to memory that is not L0's.
         unsafe { svm::run(&mut self.m.gprs.0, vmcb, self.pa.vmcb01, self.pa.host_state) };
-        if self.shared.count {
-            self.left_at = cpu::rdtsc();
-        }
-        if self.shared.audit {
-            audit::leave(self.id, !exit_code::is_invalid(self.vmcb().control.exit_code));
+        if self.shared.observed {
+            self.observe_exit(plan.level);
         }
         if plan.sync_tpr {
             let tpr = self.vmcb().control.int_ctl & 0xf;
@@ -363,8 +361,44 @@ impl Vp {
         }
     }
 
-    /// Commits the fault that was asked for, and tells the auditor what VMRUN is about to be told.
+    /// What auditor, timeline and counter want right before VMRUN.
     #[cold]
+    fn observe_entry(&mut self, level: Level) {
+        if self.shared.audit {
+            self.audit_entry(level);
+        }
+        if self.shared.trace {
+            trace::record(self.id, trace::Event::Enter(level));
+        }
+        if self.shared.count {
+            self.counters.l0_instructions.add(cpu::rdtsc().wrapping_sub(self.left_at));
+        }
+    }
+
+    /// What they want right after it.
+    #[cold]
+    fn observe_exit(&mut self, level: Level) {
+        if self.shared.count {
+            self.left_at = cpu::rdtsc();
+        }
+        let code = self.vmcb().control.exit_code;
+        if self.shared.trace {
+            // Call codes are in the low half of RCX, or of EAX in 32-bit code.
+            let call = if code != exit_code::VMMCALL {
+                0
+            } else if self.vmcb().in_64bit_code() {
+                self.m.gprs.rcx as u16
+            } else {
+                self.vmcb().save.rax as u16
+            };
+            trace::record(self.id, trace::Event::Exit { level, code: code as u32, call });
+        }
+        if self.shared.audit {
+            audit::leave(self.id, !exit_code::is_invalid(code));
+        }
+    }
+
+    /// Commits the fault that was asked for, and tells the auditor what VMRUN is about to be told.
     fn audit_entry(&mut self, level: Level) {
         let (mutant, id) = (self.shared.mutant, self.id);
         let nested = self.nested.context();

@@ -20,6 +20,7 @@ use crate::hyperv::VpHyperV;
 use crate::lapic;
 use crate::pages::keep;
 use crate::shared::Shared;
+use crate::trace;
 use crate::vmx::host::VmxHost;
 use crate::vmx::pages::{Pages, PagesPa};
 use crate::vmx::registers::Gprs;
@@ -238,16 +239,43 @@ impl Vp {
 
     /// VM entry, and exit.
     fn enter(&mut self) -> Entered {
-        if self.shared.count {
-            self.counters.l0_instructions.add(cpu::rdtsc().wrapping_sub(self.left_at));
+        if self.shared.observed {
+            self.observe_entry(Level::L1);
         }
         // SAFETY: VMX operation since `new`; interrupts are off since boot; the VMCS was bound to these registers; the
         // guest is confined by EPT to memory that is not L0's.
         let entered = unsafe { self.m.vmcs01.enter(&mut self.m.gprs.0) };
+        if self.shared.observed {
+            self.observe_exit(Level::L1, &entered);
+        }
+        entered
+    }
+
+    /// What timeline and counter want right before the entry.
+    #[cold]
+    fn observe_entry(&mut self, level: Level) {
+        if self.shared.trace {
+            trace::record(self.id, trace::Event::Enter(level));
+        }
+        if self.shared.count {
+            self.counters.l0_instructions.add(cpu::rdtsc().wrapping_sub(self.left_at));
+        }
+    }
+
+    /// What they want right after it.
+    #[cold]
+    fn observe_exit(&mut self, level: Level, entered: &Entered) {
         if self.shared.count {
             self.left_at = cpu::rdtsc();
         }
-        entered
+        if self.shared.trace {
+            let reason = match entered {
+                Entered::Exited => self.m.vmcs01.read32(Field::ExitReason),
+                _ => u32::MAX,
+            };
+            let call = if reason == exit_reason::VMCALL { self.m.gprs.0.gprs.rcx as u16 } else { 0 };
+            trace::record(self.id, trace::Event::VmxExit { level, reason, call });
+        }
     }
 
     /// L1's translations are gone before it runs again.
