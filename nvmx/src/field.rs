@@ -464,6 +464,20 @@ pub struct EvmcsPlace {
     pub usage: EvmcsUse,
 }
 
+const EVMCS: [Option<EvmcsPlace>; Field::COUNT] = {
+    let mut places = [None; Field::COUNT];
+    let mut slots: &mut [Option<EvmcsPlace>] = &mut places;
+    let mut fields = Field::ALL;
+    while let ([slot, more_slots @ ..], [field, more_fields @ ..]) = (slots, fields) {
+        if let Some(found) = evmcs::field(field.encoding().0) {
+            *slot = Some(EvmcsPlace { offset: found.offset, size: found.size, usage: found.used });
+        }
+        slots = more_slots;
+        fields = more_fields;
+    }
+    places
+};
+
 impl Field {
     /// Number of fields, and of slots in a VMCS12.
     pub const COUNT: usize = Self::ALL.len();
@@ -500,13 +514,9 @@ impl Field {
     }
 
     /// Where the enlightened VMCS, version 1, keeps the field; `None` when its layout lacks it.
+    #[inline]
     pub fn evmcs(self) -> Option<EvmcsPlace> {
-        let encoding = self.encoding().0;
-        evmcs::FIELDS.iter().find(|field| field.encoding == Some(encoding)).map(|field| EvmcsPlace {
-            offset: field.offset,
-            size: field.size,
-            usage: field.used,
-        })
+        EVMCS.get(self.slot()).copied().flatten()
     }
 
     /// The highest index of any encoding, as IA32_VMX_VMCS_ENUM reports it in bits 9:1.

@@ -227,12 +227,12 @@ impl EvmcsCache {
         self.write(memory, CLEAN_FIELDS, &self.image.clean_fields.raw().to_le_bytes())
     }
 
-    /// Writes what an exit to L1 saves of `vmcs12`, guest state and exit information, to L1's page: each range that
-    /// is not there already, in one copy.
+    /// Writes what an exit to L1 saves of `vmcs12`, guest state and exit information, to L1's page, each range in
+    /// one copy: exit information always, guest state that memory does not have already.
     pub fn store<M: GuestMemory + ?Sized>(&mut self, memory: &M, vmcs12: &Vmcs12) -> Result<(), MemoryError> {
         let all = core::mem::replace(&mut self.image_unknown, false);
         for range in super::layout::STORE_RANGES {
-            let mut changed = all;
+            let mut changed = all || range.always;
             for place in range.fields {
                 changed |= put(&mut self.image, place, vmcs12);
             }

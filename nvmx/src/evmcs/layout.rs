@@ -139,6 +139,8 @@ pub(super) struct StoreRange {
     pub(super) end: u16,
     /// The fields there.
     pub(super) fields: &'static [Place],
+    /// Exit information is among them, which is never read: what memory has is not known.
+    pub(super) always: bool,
 }
 
 const fn count_in(start: u16, end: u16) -> usize {
@@ -173,10 +175,10 @@ const fn places_in<const N: usize>(start: u16, end: u16) -> [Place; N] {
 }
 
 macro_rules! store_ranges {
-    ($($start:literal..$end:literal,)*) => {
+    ($($start:literal..$end:literal $($always:ident)?,)*) => {
         pub(super) static STORE_RANGES: &[StoreRange] = &[$({
             const PLACES: [Place; count_in($start, $end)] = places_in($start, $end);
-            StoreRange { start: $start, end: $end, fields: &PLACES }
+            StoreRange { start: $start, end: $end, fields: &PLACES, always: stringify!($($always)?).len() > 0 }
         }),*];
     };
 }
@@ -189,7 +191,7 @@ store_ranges! {
     // CR0, CR3, CR4, DR7.
     0x220..0x240,
     // Exit information, RSP, RFLAGS, interruptibility.
-    0x2A8..0x314,
+    0x2A8..0x314 always,
     // Entry controls (IA-32e mode guest follows EFER.LMA) and the event, which is no longer valid.
     0x31C..0x324,
     // RIP.

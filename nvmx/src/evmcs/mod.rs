@@ -1,8 +1,10 @@
 //! The enlightened VMCS, version 1 (TLFS, "Nested Virtualization"): the page of L1's memory that stands for a VMCS.
 //!
-//! `host` is L0's half: VMLAUNCH and VMRESUME read L1's page into the VMCS12 with it, and exits write back. `layout` is
-//! what both halves know of the page, made of the one list of `tlfs-abi` and the field table.
+//! `host` is L0's half: VMLAUNCH and VMRESUME read L1's page into the VMCS12 with it, and exits write back. `client` is
+//! L1's half, for a hypervisor that runs on a host with the enlightenment. `layout` is the page as tables, made of the
+//! one list of `tlfs-abi` and the field table.
 
+pub mod client;
 mod host;
 pub mod layout;
 

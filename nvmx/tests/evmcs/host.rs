@@ -246,7 +246,8 @@ fn an_exit_writes_what_it_saves_and_nothing_else() {
     }
     memory.rest();
     cache.store(&memory, &vmcs12).unwrap();
-    assert!(memory.writes.borrow().is_empty(), "it is all there");
+    assert_eq!(*memory.writes.borrow(), [(PAGE + 0x2A8, 0x6C)], "guest state is all there");
+    memory.rest();
     vmcs12.set(Field::GuestRip, 1);
     vmcs12.set(Field::ExitReason, 10);
     cache.store(&memory, &vmcs12).unwrap();

@@ -8,5 +8,7 @@
     missing_docs
 )]
 
+mod client;
 mod host;
 mod memory;
+mod property;

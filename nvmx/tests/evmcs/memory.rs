@@ -13,7 +13,7 @@ pub const OTHER: u64 = 0x6000;
 pub const ASSIST: u64 = 0x7000;
 const PAGES: usize = 10;
 
-type PageWords = [AtomicU64; 512];
+pub type PageWords = [AtomicU64; 512];
 
 /// Pages 0 to 9; all else is no memory.
 pub struct Memory {
@@ -41,6 +41,11 @@ impl Memory {
 
     fn word(&self, at: u64) -> Option<&AtomicU64> {
         self.pages.get((at >> 12) as usize).map(|page| &page[(at >> 3 & 511) as usize])
+    }
+
+    /// The page at `gpa` as L1 sees it.
+    pub fn shared(&self, gpa: u64) -> &PageWords {
+        &self.pages[(gpa >> 12) as usize]
     }
 
     pub fn byte(&self, at: u64) -> u8 {
