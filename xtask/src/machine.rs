@@ -1,5 +1,6 @@
 //! Runs an image on an emulated machine, for a limited time, and collects what it printed.
 
+use crate::bochs::{self, Serial};
 use crate::ctx::Result;
 use crate::diagnose;
 use std::fs::{self, File};
@@ -135,81 +136,44 @@ pub fn qemu(run: &Run<'_>, accel: Accel) -> Result<Ended> {
         let names = run.modules.iter().map(|m| name(m).trim_end().replace(',', ",,"));
         command.args(["-initrd", &names.collect::<Vec<_>>().join(",")]);
     }
-    let mut ended = limited(&mut command, run)?;
+    let mut ended = limited(&mut command, run, None)?;
     ended.emulator += &read(&run.directory.join("l0.txt"));
     Ok(ended)
 }
 
 /// Boots the image on Bochs from a CD with GRUB.
 pub fn bochs(run: &Run<'_>) -> Result<Ended> {
-    make_cd(run)?;
-    let configuration = format!(
-        "config_interface: textconfig\n\
-         display_library: term\n\
-         plugin_ctrl: speaker=0, gameport=0, parallel=0\n\
-         memory: guest={0}, host={0}\n\
-         cpu: model={1}, count={2}, ips={3}, reset_on_triple_fault=0\n\
-         clock: sync=none, time0=1700000000\n\
-         romimage: file=/usr/share/bochs/BIOS-bochs-latest, options=fastboot\n\
-         vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest\n\
-         ata0: enabled=1\n\
-         ata0-master: type=cdrom, path=cd.iso, status=inserted\n\
-         boot: cdrom\n\
-         port_e9_hack: enabled=1\n\
-         com1: enabled=1, mode=file, dev=serial.txt\n\
-         log: bochs.log\n\
-         panic: action=fatal\n\
-         error: action=report\n\
-         info: action=report\n\
-         debug: action=ignore\n",
-        run.memory,
-        run.cpu,
-        run.cpus,
-        // Instructions per emulated second: few, and the serial port and the start of processors cost little; many, and
-        // an operating system's clock goes at a speed it can live with.
-        if run.memory > 256 { 25_000_000 } else { 4_000_000 }
-    );
-    fs::write(run.directory.join("bochsrc"), configuration)?;
-    // Debian's Bochs has the debugger, which waits for this word.
-    fs::write(run.directory.join("continue"), "c\n")?;
-    let mut command = Command::new("bochs");
-    command.args(["-q", "-f", "bochsrc", "-rc", "continue"]).env("TERM", "dumb");
-    let ended = limited(&mut command, run)?;
+    let serial = run.typed.map(|_| Serial::new()).transpose()?;
+    let machine = bochs::Machine {
+        image: run.image,
+        args: run.args,
+        modules: run.modules,
+        cpu: run.cpu,
+        cpus: run.cpus,
+        memory: run.memory,
+        ips: if run.linux { 25_000_000 } else { 4_000_000 },
+        serial: serial.as_ref(),
+    };
+    let mut command = bochs::command(&machine, run.directory)?;
+    let ended = limited(&mut command, run, serial.as_ref())?;
     // Where the L0 hypervisor prints is the emulator's standard output.
-    Ok(Ended { emulator: read(&run.directory.join("bochs.log")) + &ended.emulator, ..ended })
-}
-
-fn make_cd(run: &Run<'_>) -> Result<()> {
-    let boot = run.directory.join("cd/boot");
-    fs::create_dir_all(boot.join("grub"))?;
-    fs::copy(run.image, boot.join("image"))?;
-    let mut menu = format!("set timeout=0\nmenuentry image {{\n  multiboot /boot/image {}\n", run.args);
-    for (i, module) in run.modules.iter().enumerate() {
-        fs::copy(&module.path, boot.join(format!("module{i}")))?;
-        menu += &format!("  module /boot/module{i} {}\n", module.args);
-    }
-    fs::write(boot.join("grub/grub.cfg"), menu + "}\n")?;
-    let out = Command::new("grub-mkrescue")
-        .args(["-d", "/usr/lib/grub/i386-pc", "--compress=no", "-o", "cd.iso", "cd"])
-        .current_dir(run.directory)
-        .output()
-        .map_err(|e| format!("cannot run grub-mkrescue: {e}"))?;
-    if out.status.success() {
-        return Ok(());
-    }
-    Err(format!("grub-mkrescue failed: {}", String::from_utf8_lossy(&out.stderr).trim()).into())
+    let log = read(&run.directory.join(bochs::LOG));
+    let status = ended.status.map(|_| bochs::status(&ended.emulator, &log));
+    Ok(Ended { emulator: log + &ended.emulator, status, ..ended })
 }
 
 /// Runs the emulator in its directory, killing it at the time limit.
-fn limited(command: &mut Command, run: &Run<'_>) -> Result<Ended> {
+///
+/// With somebody at the keyboard the serial port is `serial`, or else the emulator's standard input and output.
+fn limited(command: &mut Command, run: &Run<'_>, serial: Option<&Serial>) -> Result<Ended> {
     let (log, screen) = (run.directory.join("emulator.txt"), run.directory.join("serial.txt"));
     let file = File::create(&log)?;
     let name = command.get_program().to_string_lossy().into_owned();
     let (start, mut looked, mut pressed, mut fault) = (Instant::now(), Instant::now(), false, None);
-    // With somebody at the keyboard the serial port is the emulator's standard input and output.
+    let printed = serial.map(|serial| serial.print_to(File::create(&screen)?)).transpose()?;
     let (stdin, stdout) = match run.typed {
-        Some(_) => (Stdio::piped(), File::create(&screen)?),
-        None => (Stdio::null(), file.try_clone()?),
+        Some(_) if serial.is_none() => (Stdio::piped(), File::create(&screen)?),
+        _ => (Stdio::null(), file.try_clone()?),
     };
     let mut child = command
         .current_dir(run.directory)
@@ -228,21 +192,30 @@ fn limited(command: &mut Command, run: &Run<'_>) -> Result<Ended> {
             looked = Instant::now();
         }
         if late || look && run.linux && read(&screen).contains(LOCKED_UP) {
-            fault = if run.linux { emulator_fault(run) } else { None };
+            fault = if run.linux && name.starts_with("qemu") { emulator_fault(run) } else { None };
             // SIGKILL: Bochs does not end at SIGTERM.
             child.kill()?;
             child.wait()?;
             break (None, true);
         }
-        if let (Some(typed), Some(keyboard)) = (run.typed, &mut child.stdin)
+        if let Some(typed) = run.typed
             && !pressed
             && read(&screen).contains(typed.prompt)
         {
-            keyboard.write_all(format!("{}\r", typed.line).as_bytes())?;
+            let line = format!("{}\r", typed.line);
+            match (serial, &mut child.stdin) {
+                (Some(serial), _) => serial.type_bytes(line.as_bytes())?,
+                (None, Some(keyboard)) => keyboard.write_all(line.as_bytes())?,
+                (None, None) => {}
+            }
             pressed = true;
         }
         std::thread::sleep(Duration::from_millis(5));
     };
+    if let (Some(serial), Some(printed)) = (serial, printed) {
+        serial.give_up();
+        let _ = printed.join();
+    }
     Ok(Ended { output: read(&screen), emulator: read(&log), status, timed_out, fault, time: start.elapsed() })
 }
 

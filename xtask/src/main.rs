@@ -4,6 +4,7 @@
 //! `stages.rs` is the list of what `test` does, `setup.rs` installs what a command needs, `ctx.rs` holds what all share.
 
 mod bench;
+mod bochs;
 mod count;
 mod ctx;
 mod diagnose;

@@ -3,9 +3,10 @@
 //! L1's first serial port is standard output (and input, on a terminal). L0's own messages go to standard error. The
 //! exit status tells how the run ended; see `Args`.
 
+use crate::bochs::{self, Serial};
 use crate::ctx::{Ctx, Log, Result};
 use crate::images::{self, Freestanding};
-use crate::machine::Accel;
+use crate::machine::Loaded;
 use crate::setup;
 use clap::ValueEnum;
 use std::fs;
@@ -54,7 +55,7 @@ pub struct Args {
     /// Seconds after which the run is ended; 0 for no limit
     #[arg(long, value_name = "SECONDS", default_value = "0")]
     timeout: u64,
-    /// How QEMU executes guest code
+    /// What executes guest code: KVM where it lets its guest nest, else an emulator; QEMU's TCG has AMD-V, Bochs VT-x
     #[arg(long, value_enum, default_value = "auto")]
     accel: Accel,
     /// Offer the Hyper-V interface to L1
@@ -73,6 +74,21 @@ pub struct Args {
 enum Extension {
     /// AMD-V
     Svm,
+    /// VT-x
+    Vmx,
+}
+
+/// What executes guest code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Accel {
+    /// KVM where it lets its guest nest, else emulation
+    Auto,
+    /// QEMU's emulation (AMD-V)
+    Tcg,
+    /// Bochs (VT-x)
+    Bochs,
+    /// The host's own virtualization
+    Kvm,
 }
 
 /// On or off.
@@ -86,11 +102,26 @@ enum Switch {
 
 /// Runs L1 and ends this program with the status that tells how it ended.
 pub fn run(ctx: &Ctx, args: Args) -> Result<()> {
-    setup::need(ctx, setup::QEMU)?;
+    let emulated = match (args.cpu, args.accel) {
+        (Extension::Svm, Accel::Bochs) => return Err("Bochs has no AMD-V".into()),
+        (Extension::Vmx, Accel::Tcg) => return Err("QEMU's TCG has no VT-x: use Bochs or KVM".into()),
+        (Extension::Vmx, Accel::Bochs) => true,
+        (Extension::Vmx, Accel::Auto) => args.icount || !kvm_nests("kvm_intel"),
+        (Extension::Vmx, Accel::Kvm) | (Extension::Svm, _) => false,
+    };
+    if emulated {
+        setup::need(ctx, setup::BOCHS)?;
+        setup::need(ctx, setup::GRUB)?;
+    } else {
+        setup::need(ctx, setup::QEMU)?;
+    }
     let mut log = Log::create(ctx, "run-l1")?;
     let target = images::choose(ctx, Freestanding::Auto)?;
     let images =
         images::build(ctx, &mut log, target).map_err(|e| format!("{e} (details: {})", log.path().display()))?;
+    if emulated {
+        return on_bochs(&args, &images.path("l0"));
+    }
     let monitor = std::env::temp_dir().join(format!("run-l1-{}.sock", std::process::id()));
     let _ = fs::remove_file(&monitor);
     let mut child = command(&args, &images.path("l0"), &monitor)
@@ -119,14 +150,100 @@ pub fn run(ctx: &Ctx, args: Args) -> Result<()> {
     std::process::exit(code)
 }
 
+/// Runs L1 on Bochs and ends this program with the status that tells how it ended.
+fn on_bochs(args: &Args, l0: &Path) -> Result<()> {
+    let directory = std::env::temp_dir().join(format!("run-l1-{}", std::process::id()));
+    fs::create_dir_all(&directory)?;
+    let code = in_directory(args, l0, &directory);
+    let _ = fs::remove_dir_all(&directory);
+    std::process::exit(code?)
+}
+
+fn in_directory(args: &Args, l0: &Path, directory: &Path) -> Result<i32> {
+    let serial = Serial::new()?;
+    let machine = bochs::Machine {
+        image: l0,
+        args: &l0_line(args),
+        modules: &loaded(args),
+        cpu: bochs::MODEL,
+        cpus: args.smp,
+        memory: args.mem,
+        ips: if args.initrd.is_some() { 25_000_000 } else { 4_000_000 },
+        serial: Some(&serial),
+    };
+    let mut command = bochs::command(&machine, directory)?;
+    command.args(&args.emulator).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let printed = serial.print_to(std::io::stdout())?;
+    if std::io::stdin().is_terminal() {
+        // Ends with this program.
+        let keyboard = serial.keyboard();
+        thread::spawn(move || {
+            let mut byte = [0];
+            while let Ok(1) = std::io::stdin().read(&mut byte) {
+                if let Ok(mut stream) = keyboard.lock()
+                    && let Some(stream) = stream.as_mut()
+                {
+                    let _ = stream.write_all(&byte);
+                }
+            }
+        });
+    }
+    let mut child = command.spawn().map_err(|e| format!("cannot run bochs: {e}"))?;
+    let said = Arc::new(Mutex::new(String::new()));
+    let messages = child.stdout.take().map(|stdout| {
+        let said = Arc::clone(&said);
+        thread::spawn(move || note(stdout, &said))
+    });
+    let status = wait(&mut child, args.timeout)?;
+    serial.give_up();
+    for thread in [Some(printed), messages].into_iter().flatten() {
+        let _ = thread.join();
+    }
+    if status.is_none() {
+        eprintln!("run-l1: no end after {} seconds", args.timeout);
+        return Ok(TIMEOUT);
+    }
+    let log = fs::read(directory.join(bochs::LOG)).unwrap_or_default();
+    let said = said.lock().map(|said| said.clone()).unwrap_or_default();
+    Ok(bochs::status(&said, &String::from_utf8_lossy(&log)))
+}
+
+/// L0's modules: L1's kernel with its command line, then L1's own modules.
+fn loaded(args: &Args) -> Vec<Loaded> {
+    let kernel = Loaded { path: args.kernel.clone(), args: args.append.clone() };
+    let initrd = args.initrd.iter().map(|path| Loaded { path: path.clone(), args: String::new() });
+    let others = args.module.iter().map(|module| {
+        let (path, args) = module.split_once(' ').unwrap_or((module, ""));
+        Loaded { path: path.into(), args: args.into() }
+    });
+    std::iter::once(kernel).chain(initrd).chain(others).collect()
+}
+
+/// Passes L0's lines on to standard error, and keeps them. What Bochs itself prints there stays unseen.
+fn note(from: impl Read, said: &Mutex<String>) {
+    let mut lines = BufReader::new(from);
+    let mut line = Vec::new();
+    while matches!(lines.read_until(b'\n', &mut line), Ok(1..)) {
+        let text = String::from_utf8_lossy(&line);
+        // Bochs's own prompt may come before the first.
+        if let Some(at) = text.find("l0: ") {
+            eprint!("{}", &text[at..]);
+            if let Ok(mut said) = said.lock() {
+                said.push_str(&text[at..]);
+            }
+        }
+        line.clear();
+    }
+}
+
 /// The emulator's command line.
 fn command(args: &Args, l0: &Path, monitor: &Path) -> Command {
     let mut command = Command::new("qemu-system-x86_64");
     let threads = if args.icount { "tcg,thread=single" } else { "tcg,thread=multi" };
     let accels: &[&str] = match args.accel {
         // KVM serves only if it lets its guest nest, and it cannot count instructions.
-        Accel::Auto if !args.icount && kvm_nests_svm() => &["kvm", threads],
-        Accel::Auto | Accel::Tcg => &[threads],
+        Accel::Auto if args.cpu == Extension::Vmx || !args.icount && kvm_nests("kvm_amd") => &["kvm", threads],
+        Accel::Auto | Accel::Tcg | Accel::Bochs => &[threads],
         Accel::Kvm => &["kvm"],
     };
     for accel in accels {
@@ -142,17 +259,22 @@ fn command(args: &Args, l0: &Path, monitor: &Path) -> Command {
     command.args(["-chardev", "file,id=l0,path=/dev/stderr", "-device", "isa-debugcon,iobase=0xe9,chardev=l0"]);
     command.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4"]);
     command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
-    let enlighten = match args.enlighten {
-        Switch::On => "on",
-        Switch::Off => "off",
-    };
-    command.arg("-kernel").arg(l0).args(["-append", &format!("cpus={} enlighten={enlighten}", args.smp)]);
+    command.arg("-kernel").arg(l0).args(["-append", &l0_line(args)]);
     command.arg("-initrd").arg(modules(args));
     command.args(&args.emulator);
     // Without a terminal there is nothing to type.
     command.stdin(if std::io::stdin().is_terminal() { Stdio::inherit() } else { Stdio::null() });
     command.stderr(Stdio::piped());
     command
+}
+
+/// L0's command line.
+fn l0_line(args: &Args) -> String {
+    let enlighten = match args.enlighten {
+        Switch::On => "on",
+        Switch::Off => "off",
+    };
+    format!("cpus={} enlighten={enlighten}", args.smp)
 }
 
 /// L0's modules: L1's kernel with its command line, then L1's own modules. A comma inside is written twice.
@@ -163,9 +285,9 @@ fn modules(args: &Args) -> String {
     all.map(|m| m.replace(',', ",,")).collect::<Vec<_>>().join(",")
 }
 
-/// True when the host's KVM runs nested SVM guests.
-fn kvm_nests_svm() -> bool {
-    let nested = fs::read_to_string("/sys/module/kvm_amd/parameters/nested").unwrap_or_default();
+/// True when the host's KVM runs nested guests: its `module` says so.
+fn kvm_nests(module: &str) -> bool {
+    let nested = fs::read_to_string(format!("/sys/module/{module}/parameters/nested")).unwrap_or_default();
     matches!(nested.trim(), "1" | "Y") && fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
 }
 
