@@ -174,6 +174,8 @@ const BASE: Scenario = Scenario {
 const NO_VGIF: Machine = Machine::Qemu("EPYC-Rome,+svm");
 
 const BOCHS: Machine = Machine::Bochs(crate::bochs::MODEL);
+/// Of what Bochs emulates, a processor of which Linux warns of nothing.
+const BOCHS_LINUX: Machine = Machine::Bochs("corei7_haswell_4770");
 
 const TWO_FILES: &[Module] = &[
     Module { content: Content::Text("Zoological"), args: "bytes=10 first=90" },
@@ -342,7 +344,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "linux-kvm-linux-bare", modules: BARE_QEMU_INITRD, args: "console=ttyS0 panic=-1 l1=linux load=4,512,5", cpus: 2, memory: 1024, expect: BARE_LINUX_FLUSHES, slow: true, timeout: 600, image: BARE_LINUX, ..LINUX },
     Scenario { name: "linux-kvm-linux", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_FLUSHES, control: Some("linux-kvm-linux-bare"), slow: true, timeout: 600, ..LINUX },
     Scenario { name: "linux-kvm-linux-plain", args: "audit enlighten=off", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_PLAIN, control: Some("linux-kvm-linux-bare"), slow: true, timeout: 600, ..LINUX },
-    Scenario { name: "linux-shell", args: "", modules: LINUX_SHELL, machine: BOCHS, typed: Some(POWER_OFF), expect: SHELL_ENDS, slow: true, timeout: 900, ..LINUX },
+    Scenario { name: "linux-shell", args: "", modules: LINUX_SHELL, machine: BOCHS_LINUX, typed: Some(POWER_OFF), expect: SHELL_ENDS, slow: true, timeout: 900, ..LINUX },
     // Faults that L0 commits on purpose: the controls of the TLB auditor.
     Scenario { name: "audit-no-tlb-control", image: "l0", args: "audit mutant=no-tlb-control", modules: ASID_REUSE, expect: Expect::GaveUp("audit:"), ..BASE },
     Scenario { name: "audit-one-asid", image: "l0", args: "audit mutant=one-asid", modules: ASID_REUSE, expect: Expect::GaveUp("without a flush"), ..BASE },
