@@ -2,10 +2,12 @@
 
 use hvcore::memory::GuestMemory;
 
+use crate::events::reinject;
 use crate::exit_reason;
 use crate::field::Field;
 use crate::machine::{Gprs, Linear, Machine, Vmcs};
 use crate::msr::{self, RCX};
+use crate::msr_list::Msrs;
 use crate::state::NestedVmx;
 use crate::step::{complete_instruction, inject_fault};
 
@@ -65,7 +67,7 @@ impl NestedVmx {
     pub fn l1_exit<V, G, M, L>(&mut self, m: &mut Machine<'_, V, G, M, L>) -> L1Exit
     where
         V: Vmcs + ?Sized,
-        G: Gprs + ?Sized,
+        G: Gprs + Msrs + ?Sized,
         M: GuestMemory + ?Sized,
         L: Linear + ?Sized,
     {
@@ -74,6 +76,8 @@ impl NestedVmx {
             m.vpids.entered(&mut self.tag1);
         }
         let outcome = match reason {
+            exit_reason::VMRESUME => return self.vm_entry(m, false),
+            exit_reason::VMLAUNCH => return self.vm_entry(m, true),
             exit_reason::VMREAD => self.vmread(m),
             exit_reason::VMWRITE => self.vmwrite(m),
             exit_reason::VMPTRLD => self.vmptrld(m),
@@ -85,7 +89,11 @@ impl NestedVmx {
             exit_reason::INVEPT => return self.l1_invept(m),
             exit_reason::VMFUNC => Err(Fault::UD),
             exit_reason::RDMSR | exit_reason::WRMSR => return self.l1_msr(m, reason),
-            _ => return L1Exit::NotMine { reason },
+            _ if self.own_window01(reason) => return L1Exit::Resume,
+            _ => {
+                reinject(m.vmcs01, reason);
+                return L1Exit::NotMine { reason };
+            }
         };
         self.finish(m, outcome)
     }

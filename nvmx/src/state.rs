@@ -9,6 +9,7 @@ use crate::field::Field;
 use crate::groups::{self, Groups};
 use crate::machine::{MergedMap, Vmcs};
 use crate::msr::feature_control;
+use crate::vmcs02::L2;
 use crate::vmcs12::Vmcs12;
 use crate::vpid::Tag;
 
@@ -55,6 +56,7 @@ pub struct NestedVmx {
     pub(crate) last_refusal: Option<Refusal>,
     pub(crate) tag1: Tag,
     pub(crate) tag2: Tag,
+    pub(crate) l2: L2,
 }
 
 impl NestedVmx {
@@ -76,6 +78,7 @@ impl NestedVmx {
             last_refusal: None,
             tag1: Tag::default(),
             tag2: Tag::default(),
+            l2: L2::default(),
         }
     }
 
@@ -85,6 +88,7 @@ impl NestedVmx {
     /// The embedder sets VMCS01 to its reset state itself.
     pub fn reset(&mut self) {
         self.leave_vmx();
+        self.l2.reset();
         self.level = Level::L1;
         self.tag1.retire();
         self.tag2.retire();
@@ -93,6 +97,7 @@ impl NestedVmx {
     /// VMX operation ends: no VMCS is current any more. What L1's memory does not have of the current one is lost, as
     /// after VMXOFF of the processor.
     pub(crate) const fn leave_vmx(&mut self) {
+        self.l2.forget();
         self.vmxon = None;
         self.evmcs.release();
         self.current = Current::None;

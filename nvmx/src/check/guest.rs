@@ -332,9 +332,17 @@ fn pdptes<M: GuestMemory + ?Sized>(
     } else {
         read_pdptes(vmcs.get(Field::GuestCr3), memory)
     };
-    let legal = |entry: &u64| entry & 1 == 0 || entry & 0x1E6 == 0 && config.legal_gpa(*entry);
-    ensure(entries.iter().all(legal), Guest::Pdpte)?;
+    ensure(pdptes_are_legal(config, &entries), Guest::Pdpte)?;
     Ok(Some(entries))
+}
+
+fn pdptes_are_legal(config: &Config, entries: &[u64; 4]) -> bool {
+    entries.iter().all(|entry| entry & 1 == 0 || entry & 0x1E6 == 0 && config.legal_gpa(*entry))
+}
+
+/// The four PDPTEs that `cr3` points to; `None` when one has reserved bits set.
+pub(crate) fn pdptes_at<M: GuestMemory + ?Sized>(config: &Config, cr3: u64, memory: &M) -> Option<[u64; 4]> {
+    Some(read_pdptes(cr3, memory)).filter(|entries| pdptes_are_legal(config, entries))
 }
 
 /// The four PDPTEs that CR3 points to, 32-byte aligned below 4 GiB; all ones where there is no memory.

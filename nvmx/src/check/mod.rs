@@ -19,6 +19,7 @@ mod segments;
 
 pub(crate) use controls::eptp_is_valid;
 pub use controls::{Controls, controls};
+pub(crate) use guest::pdptes_at;
 pub use guest::{Guest, guest};
 pub use host::{Host, host};
 pub use msr::{MSR_LIST_MAX, MsrEntry, MsrRefusal, msr_load, msr_store};

@@ -50,6 +50,9 @@ impl NestedVmx {
         {
             return Ok(Done::Fail(error::UNSUPPORTED_FIELD));
         }
+        if let Some(field) = field {
+            self.fetch_field(m.vmcs02, field);
+        }
         let value = match self.vmcs12.vmread(encoding) {
             Ok(value) => value,
             Err(error) => return Ok(error.into()),
@@ -78,10 +81,18 @@ impl NestedVmx {
             return Ok(Done::Fail(error::UNSUPPORTED_FIELD));
         };
         let any_field = self.config.misc() & misc::VMWRITE_ANY != 0;
+        let field = Field::from_encoding(encoding);
+        if let (Some(field), true) = (field, encoding.is_high()) {
+            // The lower half stays.
+            self.fetch_field(m.vmcs02, field);
+        }
         if let Err(error) = self.vmcs12.vmwrite(encoding, value, any_field) {
             return Ok(error.into());
         }
-        self.changed |= Field::from_encoding(encoding).map_or(groups::ALL, Field::group);
+        self.changed |= field.map_or(groups::ALL, Field::group);
+        if let Some(field) = field {
+            self.wrote(field);
+        }
         Ok(Done::Succeed)
     }
 }

@@ -10,6 +10,7 @@ use crate::field::Field;
 use crate::groups;
 use crate::l1::{Fault, L1Exit};
 use crate::machine::{Gprs, Linear, Machine, Vmcs};
+use crate::msr_list::Msrs;
 use crate::state::{Current, NestedVmx};
 use crate::vmcs12::{LaunchState, SHADOW_INDICATOR};
 
@@ -18,7 +19,7 @@ impl NestedVmx {
     pub(crate) fn vm_entry<V, G, M, L>(&mut self, m: &mut Machine<'_, V, G, M, L>, launch: bool) -> L1Exit
     where
         V: Vmcs + ?Sized,
-        G: Gprs + ?Sized,
+        G: Gprs + Msrs + ?Sized,
         M: GuestMemory + ?Sized,
         L: Linear + ?Sized,
     {
@@ -89,11 +90,7 @@ impl NestedVmx {
 
     /// Makes the enlightened VMCS that the VP assist page announces current and reads it; without one, one that was
     /// active is no more.
-    fn load_enlightened<V, G, M, L>(
-        &mut self,
-        m: &mut Machine<'_, V, G, M, L>,
-        launch: bool,
-    ) -> Result<(), LoadError>
+    fn load_enlightened<V, G, M, L>(&mut self, m: &mut Machine<'_, V, G, M, L>, launch: bool) -> Result<(), LoadError>
     where
         V: Vmcs + ?Sized,
         G: ?Sized,

@@ -5,6 +5,7 @@
 
 mod access;
 mod invalidate;
+mod launch;
 mod region;
 
 use hvcore::addr::L1Gpa;

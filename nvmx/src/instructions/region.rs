@@ -108,6 +108,7 @@ impl NestedVmx {
         L: ?Sized,
     {
         let Current::Plain(gpa) = self.current else { return Ok(()) };
+        self.fetch_all(m.vmcs02);
         self.changed = groups::ALL;
         m.memory.write(gpa, self.vmcs12.as_bytes())
     }

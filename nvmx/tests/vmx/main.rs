@@ -3,7 +3,9 @@
 #![allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::unwrap_used, clippy::panic)]
 
 mod access;
+mod entry;
 mod invalidate;
+mod l2;
 mod msrs;
 mod operand;
 mod region;

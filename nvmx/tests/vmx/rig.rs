@@ -10,7 +10,7 @@ use nvmx::caps::{Config, Host};
 use nvmx::field::{Encoding, Field};
 use nvmx::vmcs12::{REVISION, Vmcs12};
 use nvmx::vpid::{Support, VpidPool};
-use nvmx::{Gprs, L1Exit, Linear, Machine, MergedMap, NestedVmx, PageFault, Vmcs, exit_reason};
+use nvmx::{Gprs, L1Exit, Linear, Machine, MergedMap, Msrs, NestedVmx, PageFault, Vmcs, exit_reason};
 use zerocopy::{FromZeros, IntoBytes};
 
 /// Where L1 keeps its VMCS.
@@ -155,6 +155,7 @@ impl Linear for Memory {
 pub struct Regs {
     pub gprs: [u64; 16],
     pub cr2: u64,
+    pub msrs: Vec<(u32, u64)>,
 }
 
 impl Gprs for Regs {
@@ -168,6 +169,20 @@ impl Gprs for Regs {
     }
     fn set_cr2(&mut self, value: u64) {
         self.cr2 = value;
+    }
+}
+
+/// MSRs are those that a test put there.
+impl Msrs for Regs {
+    fn read_msr(&mut self, index: u32) -> Option<u64> {
+        self.msrs.iter().find(|(msr, _)| *msr == index).map(|(_, value)| *value)
+    }
+    fn write_msr(&mut self, index: u32, value: u64) -> bool {
+        match self.msrs.iter_mut().find(|(msr, _)| *msr == index) {
+            Some((_, old)) => *old = value,
+            None => return false,
+        }
+        true
     }
 }
 

@@ -1,6 +1,6 @@
 //! The generic functions of `nvmx`, and those that return an iterator.
 
-use crate::embedder::{Fields, Memory, Regs, word};
+use crate::embedder::{Fields, Memory, Regs, word, yes};
 use crate::keep_named;
 use core::hint::black_box;
 use hvcore::memory::{MemoryError, SecondStage};
@@ -9,7 +9,7 @@ use nvmx::caps::Host;
 use nvmx::controls::{entry, exit, pin, primary, secondary};
 use nvmx::ept::{CachedWalk, EptEntry, EptShadow, EptWalk};
 use nvmx::evmcs::EvmcsCache;
-use nvmx::{Fault, NestedVmx, PageFault, Vmcs};
+use nvmx::{Fault, L2Exit, Machine, NestedVmx, PageFault, Vmcs};
 
 macro_rules! names {
     ($($module:ident),*) => { $( fn $module(value: u64) {
@@ -37,11 +37,25 @@ fn host() -> Host {
     Host::from_msrs(word() as u8, word() as u8, |msr| word() ^ u64::from(msr))
 }
 
+fn l2_exit(nested: &mut NestedVmx, machine: &mut Machine<'_, Fields, Regs, Memory, Memory>) -> L2Exit {
+    nested.l2_exit(machine, |_, _, _| yes())
+}
+
 fn nested() {
     keep_named! {
+        "nvmx::NestedVmx::entry_failed": NestedVmx::entry_failed::<Fields, Regs, Memory, Memory>;
+        "nvmx::NestedVmx::exit_to_l1": NestedVmx::exit_to_l1::<Fields, Regs, Memory, Memory>;
         "nvmx::NestedVmx::l1_cr0": NestedVmx::l1_cr0::<Fields>;
         "nvmx::NestedVmx::l1_cr4": NestedVmx::l1_cr4::<Fields>;
         "nvmx::NestedVmx::l1_exit": NestedVmx::l1_exit::<Fields, Regs, Memory, Memory>;
+        "nvmx::NestedVmx::l2_exit": l2_exit;
+        "nvmx::NestedVmx::own_bitmaps_changed": NestedVmx::own_bitmaps_changed::<Fields, Regs, Memory, Memory>;
+        "nvmx::NestedVmx::prepare_entry": NestedVmx::prepare_entry::<Fields, Regs, Memory, Memory>;
+        "nvmx::NestedVmx::raise_in_l2": NestedVmx::raise_in_l2::<Fields, Regs, Memory, Memory>;
+        "nvmx::NestedVmx::reflect": NestedVmx::reflect::<Fields, Regs, Memory, Memory>;
+        "nvmx::NestedVmx::reflect_ept": NestedVmx::reflect_ept::<Fields, Regs, Memory, Memory>;
+        "nvmx::NestedVmx::route_events": NestedVmx::route_events::<Fields, Regs, Memory, Memory>;
+        "nvmx::NestedVmx::synthetic_exit": NestedVmx::synthetic_exit::<Fields, Regs, Memory, Memory>;
         "nvmx::Fault as From": <Fault as From<PageFault>>::from;
         "nvmx::PageFault as From": <Fault as From<PageFault>>::from;
         "nvmx::Vmcs::read32": <Fields as Vmcs>::read32;
