@@ -10,9 +10,8 @@ use crate::vmcb::bits::tlb;
 /// A lease on a hardware ASID, kept per VP and level. The default names none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tag {
-    cpu: u32,
     asid: u32,
-    /// Zero is no generation of any pool.
+    /// That of the pool, which names the CPU, too. Zero is no generation of any pool.
     generation: u64,
     /// The entries under the tag are to be flushed at the next entry (only where the processor can flush by ASID).
     flush: bool,
@@ -33,6 +32,9 @@ impl Tag {
     }
 }
 
+/// The difference of one generation of a pool from the next: above the CPU's number.
+const GENERATION: u64 = 1 << 16;
+
 /// What a VM entry has to put in the VMCB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Assigned {
@@ -45,9 +47,9 @@ pub struct Assigned {
 /// The ASIDs of one physical CPU. ASID 0 is the host's.
 #[derive(Clone, Debug)]
 pub struct AsidPool {
-    cpu: u32,
     limit: u32,
     next: u32,
+    /// The CPU's number in the low 16 bits, above them a count from 1: no two pools ever have the same.
     generation: u64,
     flush_all: bool,
     flush_by_asid: bool,
@@ -56,22 +58,28 @@ pub struct AsidPool {
 }
 
 impl AsidPool {
-    /// A pool for physical CPU `cpu` whose processor has `count` ASIDs (CPUID 0x8000_000A EBX, at least 2) and, with
-    /// `flush_by_asid`, TLB_CONTROL 3 (EDX bit 6). `None` for fewer than 2 ASIDs.
+    /// A pool for physical CPU `cpu` (below 65,536) whose processor has `count` ASIDs (CPUID 0x8000_000A EBX, at least 2) and, with
+    /// `flush_by_asid`, TLB_CONTROL 3 (EDX bit 6). `None` for fewer than 2 ASIDs or a number too large.
     ///
     /// Nothing is assumed of the TLB: the first entry flushes it.
     pub const fn new(cpu: u32, count: u32, flush_by_asid: bool) -> Option<Self> {
-        if count < 2 {
+        if count < 2 || cpu >= GENERATION as u32 {
             return None;
         }
-        Some(Self { cpu, limit: count, next: 1, generation: 1, flush_all: true, flush_by_asid, prepared: false })
+        let generation = GENERATION | cpu as u64;
+        Some(Self { limit: count, next: 1, generation, flush_all: true, flush_by_asid, prepared: false })
+    }
+
+    /// True when `tag` names an ASID that is still its own on this CPU.
+    #[inline]
+    pub(crate) const fn is_good(&self, tag: &Tag) -> bool {
+        tag.generation == self.generation
     }
 
     /// The ASID and TLB_CONTROL to enter `tag`'s context with; a tag that is not good here becomes one that is.
     #[inline]
     pub fn assign(&mut self, tag: &mut Tag) -> Assigned {
-        let current = tag.generation == self.generation && tag.cpu == self.cpu;
-        if !current || (tag.flush && !self.flush_by_asid) {
+        if !self.is_good(tag) || (tag.flush && !self.flush_by_asid) {
             self.lease(tag);
         }
         let tlb_control = if self.flush_all {
@@ -87,11 +95,9 @@ impl AsidPool {
 
     fn lease(&mut self, tag: &mut Tag) {
         if self.next >= self.limit {
-            self.generation = self.generation.wrapping_add(1);
-            self.next = 1;
-            self.flush_all = true;
+            self.flush_all();
         }
-        *tag = Tag { cpu: self.cpu, asid: self.next, generation: self.generation, flush: false };
+        *tag = Tag { asid: self.next, generation: self.generation, flush: false };
         self.next = self.next.wrapping_add(1);
     }
 
@@ -106,8 +112,16 @@ impl AsidPool {
         }
     }
 
-    /// The next entry on this CPU flushes every ASID.
+    /// True when [`entered`](Self::entered) has something to do.
+    #[inline]
+    pub(crate) const fn is_prepared(&self) -> bool {
+        self.prepared
+    }
+
+    /// The next entry on this CPU flushes every ASID, and no tag is good here any more.
     pub const fn flush_all(&mut self) {
+        self.generation = self.generation.wrapping_add(GENERATION);
+        self.next = 1;
         self.flush_all = true;
     }
 }

@@ -7,7 +7,7 @@ use crate::events::Delivery;
 use crate::machine::Machine;
 use crate::state::NestedSvm;
 use crate::vmcb::Vmcb;
-use crate::vmcb::bits::{Event, EventKind, int_ctl, misc1};
+use crate::vmcb::bits::{Event, EventKind, int_ctl, misc1, tlb};
 
 /// How to run the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,11 +36,31 @@ pub enum Entry {
 }
 
 impl NestedSvm {
-    /// Prepares the VMCB that runs next. Call it once before every VMRUN, with everything else in place.
+    /// True when the next entry is the last one over again: the guest of `level` has left, nothing has happened since
+    /// that an entry depends on, and the plan of the last [`prepare_entry`](Self::prepare_entry) holds. TLB_CONTROL is
+    /// set. Otherwise nothing has changed, and [`route_events`](Self::route_events) and `prepare_entry` are to be called.
+    ///
+    /// Most exits are so; an embedder that asks need not decide anew what it decided by the plan.
+    #[inline(always)]
+    pub fn repeat_entry<G: ?Sized, M: ?Sized, C: ?Sized>(&self, m: &mut Machine<'_, G, M, C>, level: Level) -> bool {
+        let (vmcb, tag) = match level {
+            Level::L1 => (&mut *m.vmcb01, &self.tag1),
+            Level::L2 => (&mut *m.vmcb02, &self.tag2),
+        };
+        let repeats = self.settled && vmcb.control.exit_int_info & Event::VALID == 0 && m.asids.is_good(tag);
+        if repeats {
+            vmcb.control.tlb_control = tlb::NONE;
+        }
+        repeats
+    }
+
+    /// Prepares the VMCB that runs next. Call it once before every VMRUN, with everything else in place, unless
+    /// [`repeat_entry`](Self::repeat_entry) said that it is not needed.
     pub fn prepare_entry<G: ?Sized, M: GuestMemory + ?Sized, C: ?Sized>(
         &mut self,
         m: &mut Machine<'_, G, M, C>,
     ) -> Entry {
+        self.settled = false;
         match self.level {
             Level::L1 => reinject(m.vmcb01, 0, 0),
             Level::L2 => reinject(m.vmcb02, self.injected, self.control.next_rip),
@@ -64,6 +84,8 @@ impl NestedSvm {
         vmcb.control.asid = assigned.asid;
         vmcb.control.tlb_control = assigned.tlb_control;
         vmcb.control.clean = 0;
+        // An event that waits, or a window for one, is looked at before every entry.
+        self.settled = !exit_soon && !self.attends();
         Entry::Run(plan)
     }
 

@@ -104,6 +104,7 @@ impl NestedSvm {
     /// An NMI for L1. Held while GIF is clear or NMIs are blocked; further ones merge with it.
     #[inline]
     pub const fn pend_nmi(&mut self) {
+        self.settled = false;
         self.events.nmi = true;
         self.events.active = true;
     }
@@ -111,6 +112,7 @@ impl NestedSvm {
     /// An INIT for L1. Held while GIF is clear; makes an L2 exit if L1 intercepts it.
     #[inline]
     pub const fn pend_init(&mut self) {
+        self.settled = false;
         self.events.init = true;
         self.events.active = true;
     }
@@ -120,6 +122,7 @@ impl NestedSvm {
     /// went.
     #[inline]
     pub const fn pend_interrupt(&mut self, vector: Option<u8>) {
+        self.settled = false;
         self.events.interrupt = vector;
         self.events.active = true;
     }
@@ -289,6 +292,11 @@ impl NestedSvm {
         Delivery::Run { soon: false }
     }
 
+    /// True when something waits that is to be looked at before every entry.
+    pub(crate) const fn attends(&self) -> bool {
+        self.events.active || self.events.window
+    }
+
     /// True when a window for an interrupt is to be open in the VMCB that runs next.
     #[inline]
     pub(crate) const fn window(&self) -> bool {
@@ -331,6 +339,7 @@ impl NestedSvm {
         match code {
             exit_code::IRET if self.events.watches_iret() || self.events.iret01 => self.iret_reached(vmcb),
             exit_code::VINTR if self.events.window => {
+                self.settled = false;
                 self.events.window = false;
                 true
             }
@@ -342,6 +351,7 @@ impl NestedSvm {
     /// The guest is about to execute IRET, which ends the blocking of NMIs.
     #[cold]
     fn iret_reached(&mut self, vmcb: &mut Vmcb) -> bool {
+        self.settled = false;
         if self.events.watches_iret() {
             self.events.blocking = Blocking::AtIret(vmcb.save.rip);
         }
@@ -357,6 +367,7 @@ impl NestedSvm {
 
     #[cold]
     fn step_done(&mut self, vmcb: &mut Vmcb) -> bool {
+        self.settled = false;
         let Some(step) = self.events.step else { return false };
         if matches!(self.events.blocking, Blocking::AtIret(_)) {
             // IRET loaded RFLAGS: TF is the guest's.

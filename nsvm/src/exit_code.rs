@@ -71,8 +71,8 @@ pub const INVALID: u64 = u64::MAX;
 /// What QEMU's TCG writes in place of [`INVALID`].
 pub const INVALID_32: u64 = 0xFFFF_FFFF;
 
-/// True when EXITCODE says that VMRUN failed, in the processor's spelling or in QEMU's.
+/// True when EXITCODE says that VMRUN failed, in the processor's spelling or in QEMU's: the low half tells.
 #[inline]
 pub const fn is_invalid(code: u64) -> bool {
-    code == INVALID || code == INVALID_32
+    code as u32 == INVALID_32 as u32
 }

@@ -59,32 +59,30 @@ pub(crate) struct Stepped {
 /// or cannot be had, and the guest had better execute them itself.
 ///
 /// `nrips` says that the processor saved the next RIP.
-#[inline]
+#[inline(always)]
 pub(crate) fn step<C: Code + ?Sized>(code: &C, level: Level, vmcb: &Vmcb, kind: Kind, nrips: bool) -> Option<Stepped> {
     let rip = vmcb.save.rip;
     if nrips && vmcb.control.next_rip.wrapping_sub(rip) <= 3 {
         // Too short for a prefix that matters.
         return Some(Stepped { next_rip: vmcb.control.next_rip, address_size: false });
     }
-    let mut bytes = [0; 15];
-    let got = code.fetch(level, vmcb, &mut bytes);
-    let wide = vmcb.in_64bit_code();
-    if let (Some((plain, len)), [a, b, c, ..]) = (kind.plain(), bytes)
-        && got >= bytes.len()
+    // The usual case: no prefix. Two bytes are compared as two, three as three.
+    if let Some((plain, len)) = kind.plain()
+        && code.begins_with(level, vmcb, plain, if len == 2 { 0xFFFF } else { 0xFF_FFFF })
     {
-        // The usual case. Two bytes are compared as two, three as three.
-        let head = u32::from_le_bytes([a, b, c, 0]) & if len == 2 { 0xFFFF } else { 0xFF_FFFF };
-        if head == plain {
-            let next_rip = rip.wrapping_add(u64::from(len));
-            let next_rip = if wide { next_rip } else { next_rip & 0xFFFF_FFFF };
-            return Some(Stepped { next_rip, address_size: false });
-        }
+        let next_rip = rip.wrapping_add(u64::from(len));
+        let next_rip = if vmcb.in_64bit_code() { next_rip } else { next_rip & 0xFFFF_FFFF };
+        return Some(Stepped { next_rip, address_size: false });
     }
-    step_any(vmcb, bytes.get(..got.min(15)).unwrap_or_default(), kind)
+    step_any(code, level, vmcb, kind)
 }
 
 #[cold]
-fn step_any(vmcb: &Vmcb, bytes: &[u8], kind: Kind) -> Option<Stepped> {
+#[inline(never)]
+fn step_any<C: Code + ?Sized>(code: &C, level: Level, vmcb: &Vmcb, kind: Kind) -> Option<Stepped> {
+    let mut bytes = [0; 15];
+    let got = code.fetch(level, vmcb, &mut bytes);
+    let bytes = bytes.get(..got.min(15)).unwrap_or_default();
     let mode = if vmcb.in_64bit_code() {
         Mode::Bits64
     } else if vmcb.save.cs.attrib & seg::DB != 0 && vmcb.save.cr0 & cr0::PE != 0 {
@@ -101,6 +99,7 @@ fn step_any(vmcb: &Vmcb, bytes: &[u8], kind: Kind) -> Option<Stepped> {
 }
 
 /// Physical address in RAX, cut to the instruction's address size.
+#[inline(always)]
 pub(crate) fn address(vmcb: &Vmcb, stepped: &Stepped) -> u64 {
     let rax = vmcb.save.rax;
     let wide = vmcb.save.cs.attrib & seg::DB != 0;
@@ -113,6 +112,7 @@ pub(crate) fn address(vmcb: &Vmcb, stepped: &Stepped) -> u64 {
 
 impl NestedSvm {
     /// Deals with an exit of L1. VMCB01 has just run.
+    #[inline(always)]
     pub fn l1_exit<G, M, C>(&mut self, m: &mut Machine<'_, G, M, C>) -> L1Exit
     where
         G: Gprs + ?Sized,
@@ -121,15 +121,15 @@ impl NestedSvm {
     {
         let code = m.vmcb01.control.exit_code;
         m.vmcb01.control.event_inj = 0;
-        if !exit_code::is_invalid(code) {
+        if m.asids.is_prepared() && !exit_code::is_invalid(code) {
             m.asids.entered(&mut self.tag1);
         }
         match code {
             exit_code::VMRUN => self.l1_vmrun(m),
-            exit_code::VMLOAD => self.l1_instruction(m, Kind::Vmload),
-            exit_code::VMSAVE => self.l1_instruction(m, Kind::Vmsave),
-            exit_code::STGI => self.l1_instruction(m, Kind::Stgi),
-            exit_code::CLGI => self.l1_instruction(m, Kind::Clgi),
+            exit_code::VMLOAD => self.l1_vmload(m),
+            exit_code::VMSAVE => self.l1_vmsave(m),
+            exit_code::STGI => self.l1_gif(m, true),
+            exit_code::CLGI => self.l1_gif(m, false),
             exit_code::INVLPGA => self.l1_invlpga(m),
             exit_code::SKINIT => raise(m.vmcb01, Fault::UD),
             exit_code::MSR => self.l1_msr(m),
@@ -139,6 +139,7 @@ impl NestedSvm {
     }
 
     /// The rules that all SVM instructions share (APM volume 3): #UD without SVM or protected mode, #GP outside CPL 0.
+    #[inline(always)]
     pub(crate) fn permit(&self, vmcb: &Vmcb) -> Result<(), Fault> {
         if !self.svme || vmcb.save.cr0 & cr0::PE == 0 || vmcb.save.rflags & rflags::VM != 0 {
             return Err(Fault::UD);
@@ -192,8 +193,15 @@ impl NestedSvm {
         }
     }
 
-    /// VMLOAD, VMSAVE, STGI and CLGI of L1.
-    fn l1_instruction<G, M, C>(&mut self, m: &mut Machine<'_, G, M, C>, kind: Kind) -> L1Exit
+    /// An instruction of L1 that is permitted, carried out by `act`, which is given the memory, the registers and the
+    /// address in RAX.
+    #[inline(always)]
+    fn l1_instruction<G, M, C>(
+        &mut self,
+        m: &mut Machine<'_, G, M, C>,
+        kind: Kind,
+        act: impl FnOnce(&mut Self, &M, &mut Save, u64) -> Result<(), Fault>,
+    ) -> L1Exit
     where
         G: Gprs + ?Sized,
         M: GuestMemory + ?Sized,
@@ -205,29 +213,53 @@ impl NestedSvm {
         let Some(stepped) = step(m.code, Level::L1, m.vmcb01, kind, self.nrips()) else {
             return L1Exit::Resume;
         };
-        let done = match kind {
-            Kind::Stgi => {
-                self.gif = true;
-                Ok(())
-            }
-            Kind::Clgi => {
-                self.gif = false;
-                Ok(())
-            }
-            Kind::Vmload => self
-                .vmcb_address(address(m.vmcb01, &stepped))
-                .and_then(|gpa| vmload(m.memory, gpa, &mut m.vmcb01.save).map_err(|MemoryError| Fault::GP)),
-            _ => self
-                .vmcb_address(address(m.vmcb01, &stepped))
-                .and_then(|gpa| vmsave(m.memory, gpa, &mut m.vmcb01.save).map_err(|MemoryError| Fault::GP)),
-        };
-        match done {
+        let address = address(m.vmcb01, &stepped);
+        match act(self, m.memory, &mut m.vmcb01.save, address) {
             Ok(()) => {
                 m.vmcb01.complete_instruction(stepped.next_rip);
                 L1Exit::Resume
             }
             Err(fault) => raise(m.vmcb01, fault),
         }
+    }
+
+    #[inline(never)]
+    fn l1_vmload<G, M, C>(&mut self, m: &mut Machine<'_, G, M, C>) -> L1Exit
+    where
+        G: Gprs + ?Sized,
+        M: GuestMemory + ?Sized,
+        C: Code + ?Sized,
+    {
+        self.l1_instruction(m, Kind::Vmload, |nested, memory, save, address| {
+            vmload(memory, nested.vmcb_address(address)?, save).map_err(|MemoryError| Fault::GP)
+        })
+    }
+
+    #[inline(never)]
+    fn l1_vmsave<G, M, C>(&mut self, m: &mut Machine<'_, G, M, C>) -> L1Exit
+    where
+        G: Gprs + ?Sized,
+        M: GuestMemory + ?Sized,
+        C: Code + ?Sized,
+    {
+        self.l1_instruction(m, Kind::Vmsave, |nested, memory, save, address| {
+            vmsave(memory, nested.vmcb_address(address)?, save).map_err(|MemoryError| Fault::GP)
+        })
+    }
+
+    /// STGI and CLGI of L1.
+    #[inline]
+    fn l1_gif<G, M, C>(&mut self, m: &mut Machine<'_, G, M, C>, set: bool) -> L1Exit
+    where
+        G: Gprs + ?Sized,
+        M: GuestMemory + ?Sized,
+        C: Code + ?Sized,
+    {
+        self.l1_instruction(m, if set { Kind::Stgi } else { Kind::Clgi }, |nested, _, _, _| {
+            nested.settled = false;
+            nested.gif = set;
+            Ok(())
+        })
     }
 
     fn l1_invlpga<G, M, C>(&mut self, m: &mut Machine<'_, G, M, C>) -> L1Exit
@@ -252,6 +284,7 @@ impl NestedSvm {
     /// Drops what INVLPGA for L1's `asid` may concern; more than one page is always right. The ASID whose derived
     /// translations go too, if it is one of L2.
     pub(crate) fn invlpga(&mut self, asid: u32) -> Option<u32> {
+        self.settled = false;
         if asid == 0 {
             self.tag1.invalidate();
             return None;
@@ -321,6 +354,7 @@ fn raise(vmcb01: &mut Vmcb, fault: Fault) -> L1Exit {
 }
 
 /// VMLOAD from the VMCB at `gpa`: FS, GS, LDTR, TR and the MSRs of offsets 0x600 to 0x63F.
+#[inline(always)]
 pub(crate) fn vmload<M: GuestMemory + ?Sized>(memory: &M, gpa: u64, save: &mut Save) -> Result<(), MemoryError> {
     let view = View::new(memory, gpa);
     view.read_save::<0x440, 0x460>(save)?;
@@ -330,6 +364,7 @@ pub(crate) fn vmload<M: GuestMemory + ?Sized>(memory: &M, gpa: u64, save: &mut S
 }
 
 /// VMSAVE to the VMCB at `gpa`.
+#[inline(always)]
 pub(crate) fn vmsave<M: GuestMemory + ?Sized>(memory: &M, gpa: u64, save: &mut Save) -> Result<(), MemoryError> {
     let view = View::new(memory, gpa);
     view.write_save::<0x440, 0x460>(save)?;

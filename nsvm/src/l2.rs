@@ -345,6 +345,7 @@ impl NestedSvm {
 
     /// STGI or CLGI of L2: its virtual GIF if it has one, else the GIF.
     fn set_l2_gif(&mut self, set: bool) {
+        self.settled = false;
         if self.control.int_ctl & int_ctl::V_GIF_ENABLE == 0 {
             self.gif = set;
         } else if set {

@@ -27,6 +27,16 @@ pub trait Code {
     /// Copies up to 15 bytes at the CS:RIP of `vmcb`, the guest of `level`, to `bytes`; how many were got. Fewer than
     /// an instruction make the library resume the guest, which then fetches (and faults) itself.
     fn fetch(&self, level: Level, vmcb: &Vmcb, bytes: &mut [u8; 15]) -> usize;
+
+    /// True when the code at the CS:RIP of `vmcb`, the guest of `level`, begins with the bytes of `head`, from its low
+    /// byte up, that `mask` selects; `false` when it does not, or when that is not known without more work.
+    ///
+    /// A `false` is followed by [`fetch`](Self::fetch), so this is for an embedder that knows quickly where the code of
+    /// its guests' usual exits is.
+    #[inline]
+    fn begins_with(&self, _level: Level, _vmcb: &Vmcb, _head: u32, _mask: u32) -> bool {
+        false
+    }
 }
 
 /// A permission map that the processor reads while L2 runs, and where it is.

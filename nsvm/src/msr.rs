@@ -105,6 +105,7 @@ impl NestedSvm {
     }
 
     fn write_efer(&mut self, vmcb: &mut Vmcb, value: u64) -> Result<(), Fault> {
+        self.settled = false;
         let old = vmcb.save.efer;
         // LMA is read-only: what is written there does not matter.
         if value & !(self.config.host.efer_valid | efer::LMA) != 0 {

@@ -72,6 +72,8 @@ pub struct NestedSvm {
     pub(crate) last_refusal: Option<Refusal>,
     pub(crate) tag1: Tag,
     pub(crate) tag2: Tag,
+    /// Nothing has happened since the last entry was prepared that could make the next one differ.
+    pub(crate) settled: bool,
     pub(crate) msr_words: HotWords,
     pub(crate) io_words: HotWords,
 }
@@ -100,6 +102,7 @@ impl NestedSvm {
             last_refusal: None,
             tag1: Tag::default(),
             tag2: Tag::default(),
+            settled: false,
             msr_words: HotWords::default(),
             io_words: HotWords::default(),
         }
@@ -120,6 +123,7 @@ impl NestedSvm {
         self.events = Events::default();
         self.tag1.retire();
         self.tag2.retire();
+        self.settled = false;
     }
 
     /// Which level runs next.
@@ -189,10 +193,18 @@ impl NestedSvm {
     /// to a shadow page table that changed in a way that takes permissions away.
     #[inline]
     pub const fn retire_tag(&mut self, level: Level) {
+        self.settled = false;
         match level {
             Level::L1 => self.tag1.invalidate(),
             Level::L2 => self.tag2.invalidate(),
         }
+    }
+
+    /// The embedder changed what VMCB01's controls say of L1: intercepts, interrupt control. The next entry is prepared
+    /// anew.
+    #[inline]
+    pub const fn own_controls_changed(&mut self) {
+        self.settled = false;
     }
 
     /// The embedder's MSR or IO permission map changed: merged words are made anew.

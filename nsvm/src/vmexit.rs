@@ -200,6 +200,7 @@ impl NestedSvm {
 
     /// L1 runs next, after its VMRUN, with GIF clear.
     fn leave(&mut self, vmcb01: &mut Vmcb) {
+        self.settled = false;
         self.level = Level::L1;
         self.gif = false;
         self.injected = 0;

@@ -92,6 +92,7 @@ impl NestedSvm {
         self.load_save(m.vmcb02, m.vmcb01, unchanged);
         self.load_control(m);
         self.merge_maps(m, unchanged);
+        self.settled = false;
         self.level = Level::L2;
         self.gif = true;
         Ok(invalidate)

@@ -20,17 +20,21 @@ use crate::ports;
 use crate::vp::Vp;
 
 /// Carries out the exit that VMCB01 tells.
-#[inline]
+#[inline(always)]
 pub fn l1(vp: &mut Vp) -> Result<(), Failure> {
     let exit = vp.m.vmcb01.control.exit_code;
-    match vp.nested.l1_exit(&mut vp.m) {
+    let outcome = vp.nested.l1_exit(&mut vp.m);
+    if outcome == L1Exit::Resume {
+        return Ok(());
+    }
+    match outcome {
         L1Exit::Resume => Ok(()),
         L1Exit::EnterL2(invalidate) => {
             nested::enter_l2(vp, invalidate);
             Ok(())
         }
         L1Exit::InvalidateAsid { asid } => {
-            vp.shadow.flush_asid(asid);
+            nested::invalidate_asid(vp, asid);
             Ok(())
         }
         L1Exit::NotMine if exit == code::CPUID => {

@@ -1,8 +1,10 @@
 //! Instruction bytes of a guest that exited, for processors that give neither the next RIP nor the bytes.
 //!
 //! The guest just executed the instruction, so permissions need no check. A walk of the guest's page tables (for L2 of
-//! L1's nested tables too) finds the bytes. [`Fetch`] remembers walks: the entries they read and where they led. A
-//! remembered walk counts only while every entry still has the value it had, so it gives what a new walk would give.
+//! L1's nested tables too) finds the bytes. [`Fetch`] remembers walks: the entries of the guest's tables that they read
+//! and where they led. A remembered walk counts only while every entry still has the value it had, so it gives what a
+//! new walk would give. What L1's nested tables say is remembered as a TLB does: until L1 asks for its translations to
+//! be dropped, or L2 runs on other tables.
 
 use core::cell::{Cell, RefCell};
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -111,80 +113,71 @@ pub struct Nested {
     pub ncr3: u64,
 }
 
-/// Entries that a walk may read and still be remembered: 4 levels of L2's tables, each through 4 nested ones, and the
-/// nested walk of the last address.
-const STEPS: usize = 24;
-/// Entries of a walk of L1's own tables.
-const L1_STEPS: usize = 4;
+/// Entries that a walk reads, at most: 5 levels of the guest's own tables.
+const STEPS: usize = 5;
+/// Entries of a walk without 5-level paging.
+const USUAL_STEPS: usize = 4;
+/// CR4.LA57: 5-level paging.
+const LA57: u64 = 1 << 12;
 
 /// Walks of L1 that are remembered: instructions of one cache line never compete for a place.
 const L1_WALKS: usize = 64;
+/// Walks of L2 that are remembered.
+const L2_WALKS: usize = 16;
 
 /// An entry that a walk read: where it is, and what it held.
 type Step = (&'static AtomicU64, u64);
 
 /// An entry that never changes: stands for those that a short walk does not have.
 static NO_STEP: AtomicU64 = AtomicU64::new(0);
+/// Where no instruction is: stands for one that is not remembered.
+static NO_CODE: [u8; 16] = [0; 16];
 
-/// A remembered walk of up to `N` entries. Its fields are one processor's, which never is in two of its methods at once.
+/// A remembered walk. Its fields are one processor's, which never is in two of its methods at once.
 #[derive(Debug)]
-struct Walk<const N: usize> {
+struct Walk {
     la: Cell<u64>,
     paging: Cell<Paging>,
-    nested: Cell<Option<Nested>>,
-    steps: Cell<usize>,
     /// Where overlays were when it was walked: their count of moves.
     overlays: Cell<u64>,
-    path: [Cell<Step>; N],
-    /// The instruction; all of [`MAX_LENGTH`] bytes are in its page. Null: nothing is remembered.
+    path: [Cell<Step>; STEPS],
+    /// The instruction; all of [`MAX_LENGTH`] bytes are in its page. [`NO_CODE`]: nothing is remembered.
     code: Cell<*const u8>,
 }
 
-impl<const N: usize> Walk<N> {
-    fn new() -> Self {
+impl Walk {
+    const fn new() -> Self {
         Self {
             la: Cell::new(0),
             paging: Cell::new(Paging { cr0: 0, cr3: 0, cr4: 0, efer: 0 }),
-            nested: Cell::new(None),
-            steps: Cell::new(0),
             overlays: Cell::new(0),
-            path: core::array::from_fn(|_| Cell::new((&NO_STEP, 0))),
-            code: Cell::new(core::ptr::null()),
+            path: [const { Cell::new((&NO_STEP, 0)) }; STEPS],
+            code: Cell::new((&raw const NO_CODE).cast()),
         }
     }
 
-    /// True when this walk is of `la` under `paging`, with overlays where they are after so many moves.
+    fn forget(&self) {
+        self.code.set((&raw const NO_CODE).cast());
+    }
+
+    /// The instruction at `la` under `paging`, with overlays where they are after so many moves, if this walk leads
+    /// there and every entry it read still has the value that it had.
     #[inline(always)]
-    fn is_of(&self, la: u64, paging: &Paging, overlays: u64) -> bool {
-        !self.code.get().is_null()
-            && self.la.get() == la
+    fn leads_to(&self, la: u64, paging: &Paging, overlays: u64) -> Option<*const u8> {
+        // Acquire: the bytes read next are at least as new as the tables.
+        let holds = |step: &Cell<Step>| step.get().0.load(Ordering::Acquire) == step.get().1;
+        let mut path = self.path.iter();
+        let known = self.la.get() == la
             && self.overlays.get() == overlays
             && self.paging.get() == *paging
+            && path.by_ref().take(USUAL_STEPS).all(holds)
+            && (paging.cr4 & LA57 == 0 || path.all(holds));
+        known.then(|| self.code.get())
     }
 
-    /// True when the first `steps` entries still have the values that the walk read.
-    #[inline(always)]
-    fn holds(&self, steps: usize) -> bool {
-        // Acquire: the bytes read next are at least as new as the tables.
-        self.path.iter().take(steps).all(|step| step.get().0.load(Ordering::Acquire) == step.get().1)
-    }
-
-    fn remember(
-        &self,
-        la: u64,
-        paging: &Paging,
-        nested: Option<Nested>,
-        overlays: u64,
-        path: &[Step],
-        code: *const u8,
-    ) {
-        if path.len() > N {
-            return;
-        }
+    fn remember(&self, la: u64, paging: &Paging, overlays: u64, path: &[Step], code: *const u8) {
         self.la.set(la);
         self.paging.set(*paging);
-        self.nested.set(nested);
-        self.steps.set(path.len());
         self.overlays.set(overlays);
         let rest = core::iter::repeat((&NO_STEP, 0));
         for (to, from) in self.path.iter().zip(path.iter().copied().chain(rest)) {
@@ -200,8 +193,8 @@ pub struct Fetch {
     memory: &'static L1Memory,
     /// L1's nested tables for the L2 that runs, when L1 uses nested paging.
     nested: Cell<Option<Nested>>,
-    l1: [Walk<L1_STEPS>; L1_WALKS],
-    l2: [Walk<STEPS>; 2],
+    l1: [Walk; L1_WALKS],
+    l2: [Walk; L2_WALKS],
 }
 
 // SAFETY: moved to its processor once, before it remembers anything; the pointers are to memory that all share.
@@ -209,84 +202,77 @@ unsafe impl Send for Fetch {}
 
 impl Fetch {
     /// Nothing is remembered.
-    pub fn new(memory: &'static L1Memory) -> Self {
+    pub const fn new(memory: &'static L1Memory) -> Self {
         Self {
             memory,
             nested: Cell::new(None),
-            l1: core::array::from_fn(|_| Walk::new()),
-            l2: core::array::from_fn(|_| Walk::new()),
+            l1: [const { Walk::new() }; L1_WALKS],
+            l2: [const { Walk::new() }; L2_WALKS],
         }
     }
 
     /// L2 runs on these tables of L1's from now on; `None`: on L1's addresses.
     #[inline]
     pub fn set_nested(&self, nested: Option<Nested>) {
-        self.nested.set(nested);
+        if self.nested.get() != nested {
+            self.nested.set(nested);
+            self.forget_nested();
+        }
+    }
+
+    /// What L1's nested tables said is remembered no more. To be called when L1 asks for what derives from them to be
+    /// dropped; until it does, the processor could have their translations cached just the same.
+    #[cold]
+    pub fn forget_nested(&self) {
+        self.l2.iter().for_each(Walk::forget);
     }
 
     /// L1's nested tables as a second stage.
+    #[inline]
     pub fn second_stage(&self) -> Option<NptWalk<'static, L1Memory>> {
         self.nested.get().map(|n| NptWalk { memory: self.memory, format: n.format, ncr3: n.ncr3 })
     }
 
     /// Up to 15 instruction bytes of the guest of `level` in `vmcb`; how many were got.
-    #[inline]
     pub fn bytes(&self, level: Level, vmcb: &Vmcb, bytes: &mut [u8; MAX_LENGTH]) -> usize {
-        match level {
-            Level::L1 => self.l1_bytes(vmcb, bytes),
-            Level::L2 => self.l2_bytes(vmcb, bytes),
+        let la = linear_rip(vmcb);
+        let walk = self.walk_of(level, la);
+        match walk.leads_to(la, &Paging::of(vmcb), self.memory.overlay_moves()) {
+            Some(code) if code != (&raw const NO_CODE).cast() => {
+                copy_code(code, bytes);
+                MAX_LENGTH
+            }
+            _ => self.walk(walk, self.nested.get().filter(|_| level == Level::L2), vmcb, bytes),
         }
     }
 
+    /// The walk of `level` that `la` may have been remembered in.
     #[inline(always)]
-    fn l1_bytes(&self, vmcb: &Vmcb, bytes: &mut [u8; MAX_LENGTH]) -> usize {
-        let la = linear_rip(vmcb);
-        let walk = &self.l1[(la ^ la >> 6) as usize % L1_WALKS];
-        if walk.is_of(la, &Paging::of(vmcb), self.memory.overlay_moves()) && walk.holds(L1_STEPS) {
-            copy_code(walk.code.get(), bytes);
-            return MAX_LENGTH;
+    fn walk_of(&self, level: Level, la: u64) -> &Walk {
+        let hash = (la ^ la >> 6) as usize;
+        match level {
+            Level::L1 => &self.l1[hash % L1_WALKS],
+            Level::L2 => &self.l2[hash % L2_WALKS],
         }
-        self.walk(walk, None, vmcb, bytes)
-    }
-
-    fn l2_bytes(&self, vmcb: &Vmcb, bytes: &mut [u8; MAX_LENGTH]) -> usize {
-        let la = linear_rip(vmcb);
-        let nested = self.nested.get();
-        let walk = &self.l2[(la >> 1 & 1) as usize];
-        if walk.is_of(la, &Paging::of(vmcb), self.memory.overlay_moves())
-            && walk.nested.get() == nested
-            && walk.holds(walk.steps.get())
-        {
-            copy_code(walk.code.get(), bytes);
-            return MAX_LENGTH;
-        }
-        self.walk(walk, nested, vmcb, bytes)
     }
 
     /// Walks, and remembers the walk where that is possible.
     #[cold]
     #[inline(never)]
-    fn walk<const N: usize>(
-        &self,
-        walk: &Walk<N>,
-        nested: Option<Nested>,
-        vmcb: &Vmcb,
-        bytes: &mut [u8; MAX_LENGTH],
-    ) -> usize {
+    fn walk(&self, walk: &Walk, nested: Option<Nested>, vmcb: &Vmcb, bytes: &mut [u8; MAX_LENGTH]) -> usize {
         let (la, paging) = (linear_rip(vmcb), Paging::of(vmcb));
-        walk.code.set(core::ptr::null());
+        walk.forget();
         let overlays = self.memory.overlay_moves();
         let recorder = Recorder { memory: self.memory, path: RefCell::new(ArrayVec::new()), whole: Cell::new(true) };
         let second = |gpa: u64, access| match nested {
             None => Ok(L1Gpa::new(gpa)),
-            Some(n) => NptWalk { memory: &recorder, format: n.format, ncr3: n.ncr3 }
+            Some(n) => NptWalk { memory: self.memory, format: n.format, ncr3: n.ncr3 }
                 .walk(L2Gpa::new(gpa), access)
                 .map_err(|_| MemoryError),
         };
         let entry = |gpa, size| {
             // The processor walks guest tables as if it wrote them.
-            let at = second(gpa, Access::Write)?;
-            if size == 8 { recorder.read_u64(at) } else { recorder.read_u32(at).map(u64::from) }
+            recorder.entry(second(gpa, Access::Write)?, size)
         };
         let place = |la| second(paging.translate(la, entry)?, Access::Execute);
         let in_page = (0x1000 - (la & 0xfff)) as usize;
@@ -303,17 +289,40 @@ impl Fetch {
             return 0;
         }
         if let (true, Some(code)) = (recorder.whole.get(), self.memory.pointer(at, MAX_LENGTH)) {
-            walk.remember(la, &paging, nested, overlays, &recorder.path.borrow(), code);
+            walk.remember(la, &paging, overlays, &recorder.path.borrow(), code);
         }
         MAX_LENGTH
     }
 }
 
 impl nsvm::Code for Fetch {
-    #[inline]
     fn fetch(&self, level: Level, vmcb: &Vmcb, bytes: &mut [u8; MAX_LENGTH]) -> usize {
         self.bytes(level, vmcb, bytes)
     }
+
+    #[inline(always)]
+    fn begins_with(&self, level: Level, vmcb: &Vmcb, head: u32, mask: u32) -> bool {
+        let la = linear_rip(vmcb);
+        let walk = self.walk_of(level, la);
+        walk.leads_to(la, &Paging::of(vmcb), self.memory.overlay_moves())
+            .is_some_and(|code| first_four(code) & mask == head)
+    }
+}
+
+/// The first four bytes of code that a guest may be writing.
+#[inline(always)]
+fn first_four(code: *const u8) -> u32 {
+    let bytes: u32;
+    // SAFETY: as for `copy_code`.
+    unsafe {
+        core::arch::asm!(
+            "mov {bytes:e}, [{code}]",
+            code = in(reg) code,
+            bytes = lateout(reg) bytes,
+            options(nostack, preserves_flags, readonly, pure),
+        );
+    }
+    bytes
 }
 
 /// Copies [`MAX_LENGTH`] bytes of code that a guest may be writing.
@@ -336,7 +345,7 @@ fn copy_code(code: *const u8, bytes: &mut [u8; MAX_LENGTH]) {
     bytes[7..].copy_from_slice(&high.to_le_bytes());
 }
 
-/// L1's memory, which notes the entries that a walk reads.
+/// Reads table entries of a guest from L1's memory, and notes them.
 struct Recorder {
     memory: &'static L1Memory,
     path: RefCell<ArrayVec<Step, STEPS>>,
@@ -344,38 +353,13 @@ struct Recorder {
     whole: Cell<bool>,
 }
 
-impl GuestMemory for Recorder {
-    fn read(&self, gpa: L1Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-        self.whole.set(false);
-        self.memory.read(gpa, buf)
-    }
-
-    fn write(&self, gpa: L1Gpa, buf: &[u8]) -> Result<(), MemoryError> {
-        self.whole.set(false);
-        self.memory.write(gpa, buf)
-    }
-
-    fn compare_exchange_u8(&self, gpa: L1Gpa, current: u8, new: u8) -> Result<Result<u8, u8>, MemoryError> {
-        self.whole.set(false);
-        self.memory.compare_exchange_u8(gpa, current, new)
-    }
-
-    fn compare_exchange_u32(&self, gpa: L1Gpa, current: u32, new: u32) -> Result<Result<u32, u32>, MemoryError> {
-        self.whole.set(false);
-        self.memory.compare_exchange_u32(gpa, current, new)
-    }
-
-    fn compare_exchange_u64(&self, gpa: L1Gpa, current: u64, new: u64) -> Result<Result<u64, u64>, MemoryError> {
-        self.whole.set(false);
-        self.memory.compare_exchange_u64(gpa, current, new)
-    }
-
-    fn read_u32(&self, gpa: L1Gpa) -> Result<u32, MemoryError> {
-        self.whole.set(false);
-        self.memory.read_u32(gpa)
-    }
-
-    fn read_u64(&self, gpa: L1Gpa) -> Result<u64, MemoryError> {
+impl Recorder {
+    /// The table entry of `size` bytes at `gpa`. Those of four bytes are not noted.
+    fn entry(&self, gpa: L1Gpa, size: usize) -> Result<u64, MemoryError> {
+        if size != 8 {
+            self.whole.set(false);
+            return self.memory.read_u32(gpa).map(u64::from);
+        }
         let value = self.memory.read_u64(gpa)?;
         let entry = if gpa.is_aligned(8) { self.memory.pointer(gpa, 8) } else { None };
         let noted = entry.is_some_and(|entry| {

@@ -36,6 +36,7 @@ use crate::audit;
 use crate::counters::Counters;
 use crate::exits;
 use crate::fatal::{Failure, give_up};
+use crate::fetch::Fetch;
 use crate::ipi::MAX_CPUS;
 use crate::memory::Overlays;
 use crate::mmio;
@@ -403,6 +404,7 @@ pub fn set_context(vp: &mut Vp) {
 pub fn apply(
     nested: &mut nsvm::NestedSvm,
     shadow: &mut nsvm::npt::NptShadow<'static>,
+    code: &Fetch,
     level: Level,
     flush: &EntryFlush<'_, 16>,
     counters: &Counters,
@@ -439,6 +441,7 @@ pub fn apply(
             }
         }
     }
+    code.forget_nested();
     nested.retire_tag(Level::L2);
 }
 

@@ -180,12 +180,9 @@ impl Ipis {
         ldr >> 4 == mda >> 4 && ldr & mda & 0xf != 0
     }
 
-    /// True when `cpu` has anything pending. Cheap: one load.
-    #[inline]
-    pub fn has_events(&self, cpu: usize) -> bool {
-        // Relaxed: only a hint whether to call `take`, whose exchange acquires. An event posted after this load comes
-        // with a kick, and the kick exits the guest.
-        self.slots.get(cpu).is_some_and(|s| s.pending.load(Ordering::Relaxed) != 0)
+    /// Where what is pending for `cpu` is seen.
+    pub fn inbox(&self, cpu: usize) -> Option<Inbox<'_>> {
+        self.slots.get(cpu).map(|slot| Inbox(&slot.pending))
     }
 
     /// Takes what is pending for `cpu`.
@@ -217,6 +214,20 @@ impl Ipis {
     /// An NMI arrived on `cpu`: true when it was a kick of L0.
     pub fn nmi_arrived(&self, cpu: usize) -> bool {
         self.slots.get(cpu).is_some_and(|s| s.kicked.swap(false, Ordering::AcqRel))
+    }
+}
+
+/// What is pending for one processor.
+#[derive(Clone, Copy, Debug)]
+pub struct Inbox<'a>(&'a AtomicU32);
+
+impl Inbox<'_> {
+    /// True when anything is. Cheap: one load.
+    #[inline]
+    pub fn has_events(&self) -> bool {
+        // Relaxed: only a hint whether to call `take`, whose exchange acquires. An event posted after this load comes
+        // with a kick, and the kick exits the guest.
+        self.0.load(Ordering::Relaxed) != 0
     }
 }
 

@@ -19,16 +19,21 @@ use crate::vp::Vp;
 pub fn enter_l2(vp: &mut Vp, invalidate: Invalidate) {
     match invalidate {
         Invalidate::None => {}
-        Invalidate::Asid(asid) => {
-            vp.shadow.flush_asid(asid);
-        }
+        Invalidate::Asid(asid) => invalidate_asid(vp, asid),
         Invalidate::All => {
+            vp.m.code.forget_nested();
             vp.shadow.flush_all_asids();
         }
     }
     vp.counters.l2_entries.add(1);
     hyperv::set_context(vp);
     load_shadow(vp);
+}
+
+/// L1 drops what it cached under `asid`.
+pub fn invalidate_asid(vp: &mut Vp, asid: u32) {
+    vp.m.code.forget_nested();
+    vp.shadow.flush_asid(asid);
 }
 
 /// Puts the shadow of the tables that L2 runs on in VMCB02.
@@ -71,7 +76,7 @@ fn settle(vp: &mut Vp, outcome: L2Exit) -> Result<(), Failure> {
         L2Exit::NestedPageFault { gpa, error_code } => page_fault(vp, gpa, error_code),
         L2Exit::L1PageFault { gpa, error_code } => exits::npf(vp, gpa.raw(), error_code),
         L2Exit::InvalidateAsid { asid } => {
-            vp.shadow.flush_asid(asid);
+            invalidate_asid(vp, asid);
             Ok(())
         }
         L2Exit::Embedder => exits::shared(vp),

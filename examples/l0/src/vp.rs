@@ -19,6 +19,8 @@ use crate::exits;
 use crate::fatal::Failure;
 use crate::fetch::Fetch;
 use crate::hyperv::{self, VpHyperV};
+
+use crate::ipi::Inbox;
 use crate::lapic;
 use crate::memory::L1Memory;
 use crate::mutant::Mutant;
@@ -88,6 +90,12 @@ pub struct Vp {
     turns: u64,
     /// When the guest left last, where instructions are counted.
     left_at: u64,
+    /// What others sent this processor.
+    inbox: Inbox<'static>,
+    /// The nested state is churned.
+    churned: bool,
+    /// Entries and exits are counted or audited.
+    observed: bool,
 }
 
 impl Vp {
@@ -131,6 +139,7 @@ impl Vp {
         let shadow = shadow_tables()?;
         let hyperv = shared.hyperv.vp(id).ok_or(Failure::TooManyCpus)?;
         let flush = shared.hyperv.domain.local(id as u16).ok_or(Failure::TooManyCpus)?;
+        let inbox = shared.ipis.inbox(id).ok_or(Failure::TooManyCpus)?;
         let mut vp = Self {
             id,
             shared,
@@ -148,6 +157,9 @@ impl Vp {
             counters: counters::of(id),
             turns: 0,
             left_at: cpu::rdtsc(),
+            inbox,
+            churned: shared.churn != 0,
+            observed: shared.observed,
         };
         shared.ipis.add(id, shared.apic.id());
         vp.init();
@@ -241,57 +253,91 @@ impl Vp {
         }
     }
 
-    /// One entry and its exit.
+    /// Enters the guest of the level whose turn it is, and deals with its exit; again and again as long as the next
+    /// entry is the last one over again.
     #[inline]
     fn turn(&mut self) -> Result<(), Failure> {
-        if self.waiting || self.shared.ipis.has_events(self.id) {
-            self.events();
+        if self.is_disturbed() {
+            self.before_turn()?;
         }
-        if self.shared.churn != 0 {
-            self.count_turn()?;
-        }
-        let level = self.nested.route_events(&mut self.m);
-        if let Some(due) = self.flush.enter(level)
-            && self.shared.mutant != Some(Mutant::DrainSkipped)
-        {
-            if self.shared.trace {
-                trace::record(self.id, trace::Event::Drained(level));
-            }
-            hyperv::apply(&mut self.nested, &mut self.shadow, level, &due, self.counters);
-        }
-        if self.shadow.tag_stale() {
-            self.nested.retire_tag(Level::L2);
-        }
-        let plan = match self.nested.prepare_entry(&mut self.m) {
-            Entry::Run(plan) => plan,
-            Entry::Init => {
-                self.flush.entry_failed();
-                self.reset();
-                return Ok(());
-            }
-            Entry::Shutdown => return exits::reset_machine(self),
-        };
-        self.enter(&plan);
-        match plan.level {
-            Level::L1 => {
-                self.counters.l1_exits.add(1);
-                self.left(exit_code::is_invalid(self.m.vmcb01.control.exit_code));
-                exits::l1(self)
-            }
-            Level::L2 => {
-                self.counters.l2_exits.add(1);
-                let refused = exit_code::is_invalid(self.m.vmcb02.control.exit_code);
-                self.left(refused);
-                if !refused {
-                    self.shadow.tag_retired();
-                }
-                nested::l2(self)
-            }
+        match self.nested.route_events(&mut self.m) {
+            Level::L1 => self.turn_of(Level::L1, self.pa.vmcb01, exits::l1),
+            Level::L2 => self.turn_of(Level::L2, self.pa.vmcb02, nested::l2),
         }
     }
 
-    /// Every so many turns the nested state is saved, destroyed and restored: what it forgets, some scenario misses.
+    /// [`turn`](Self::turn) of `level`, with its VMCB and what is done at its exits.
+    #[inline(always)]
+    fn turn_of(
+        &mut self,
+        level: Level,
+        vmcb: u64,
+        exit: impl Fn(&mut Self) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let mut publish = true;
+        loop {
+            if publish {
+                self.drain(level);
+            }
+            if level == Level::L2 && self.shadow.tag_stale() {
+                self.nested.retire_tag(Level::L2);
+            }
+            let plan = match self.nested.prepare_entry(&mut self.m) {
+                Entry::Run(plan) => plan,
+                Entry::Init => {
+                    self.flush.entry_failed();
+                    self.reset();
+                    return Ok(());
+                }
+                Entry::Shutdown => return exits::reset_machine(self),
+            };
+            debug_assert_eq!(plan.level, level);
+            loop {
+                self.enter(&plan, vmcb);
+                self.left(level);
+                exit(self)?;
+                let stale = level == Level::L2 && self.shadow.tag_stale();
+                if self.is_disturbed() || stale || !self.nested.repeat_entry(&mut self.m, level) {
+                    return Ok(());
+                }
+                if self.drain(level) {
+                    break;
+                }
+            }
+            publish = false;
+        }
+    }
+
+    /// Publishes that `level` runs, and does what others asked to be flushed before it does; whether there was any.
+    #[inline(always)]
+    fn drain(&mut self, level: Level) -> bool {
+        let Some(due) = self.flush.enter(level) else { return false };
+        if self.shared.mutant != Some(Mutant::DrainSkipped) {
+            if self.shared.trace {
+                trace::record(self.id, trace::Event::Drained(level));
+            }
+            hyperv::apply(&mut self.nested, &mut self.shadow, self.m.code, level, &due, self.counters);
+        }
+        true
+    }
+
+    /// True when something is to be done before the next entry that seldom is.
+    #[inline]
+    fn is_disturbed(&self) -> bool {
+        self.waiting || self.churned || self.inbox.has_events()
+    }
+
+    /// What is seldom to be done before an entry.
     #[cold]
+    #[inline(never)]
+    fn before_turn(&mut self) -> Result<(), Failure> {
+        if self.waiting || self.inbox.has_events() {
+            self.events();
+        }
+        if self.churned { self.count_turn() } else { Ok(()) }
+    }
+
+    /// Every so many turns the nested state is saved, destroyed and restored: what it forgets, some scenario misses.
     fn count_turn(&mut self) -> Result<(), Failure> {
         self.turns += 1;
         if !self.turns.is_multiple_of(self.shared.churn) {
@@ -315,19 +361,26 @@ impl Vp {
         Ok(())
     }
 
-    /// The guest left, or its entry was refused.
-    #[inline]
-    fn left(&mut self, refused: bool) {
-        if refused {
-            self.flush.entry_failed();
-        } else {
-            self.flush.exit();
+    /// The guest of `level` left, or its entry was refused.
+    #[inline(always)]
+    fn left(&mut self, level: Level) {
+        let (exits, vmcb) = match level {
+            Level::L1 => (&self.counters.l1_exits, &*self.m.vmcb01),
+            Level::L2 => (&self.counters.l2_exits, &*self.m.vmcb02),
+        };
+        exits.add(1);
+        if exit_code::is_invalid(vmcb.control.exit_code) {
+            return self.flush.entry_failed();
+        }
+        self.flush.exit();
+        if level == Level::L2 {
+            self.shadow.tag_retired();
         }
     }
 
-    /// VMRUN as `plan` says.
-    #[inline]
-    fn enter(&mut self, plan: &EntryPlan) {
+    /// VMRUN as `plan` says, of the VMCB at `vmcb`.
+    #[inline(always)]
+    fn enter(&mut self, plan: &EntryPlan, vmcb: u64) {
         if plan.exit_soon {
             self.shared.kick(self.id);
         }
@@ -335,23 +388,19 @@ impl Vp {
             let vmcb = self.vmcb();
             vmcb.control.int_ctl = vmcb.control.int_ctl & !int_ctl::V_TPR | cpu::cr8();
         }
+        if self.observed {
+            self.observe_entry(plan.level);
+        }
         if plan.host_if {
             // SAFETY: GIF is clear: nothing arrives here.
             unsafe { cpu::sti() };
         } else {
             cpu::cli();
         }
-        let vmcb = match plan.level {
-            Level::L1 => self.pa.vmcb01,
-            Level::L2 => self.pa.vmcb02,
-        };
-        if self.shared.observed {
-            self.observe_entry(plan.level);
-        }
         // SAFETY: GIF is clear since `new`; the addresses are of this VP's own pages; the guest is confined by
         // nested paging to memory that is not L0's.
         unsafe { svm::run(&mut self.m.gprs.0, vmcb, self.pa.vmcb01, self.pa.host_state) };
-        if self.shared.observed {
+        if self.observed {
             self.observe_exit(plan.level);
         }
         if plan.sync_tpr {

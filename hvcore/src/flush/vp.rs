@@ -102,6 +102,8 @@ pub struct LocalFlush<'a, const DEPTH: usize = 16> {
     index: TargetIndex<'a>,
     slot: u16,
     running: Option<Level>,
+    /// Something is pending for L1, or for L2: may be set when nothing is.
+    due: Due,
     l1: PendingGva<DEPTH>,
     l2: PendingGva<DEPTH>,
     second_stage: PendingSecondStage<DEPTH>,
@@ -120,6 +122,7 @@ impl<'a, const DEPTH: usize> LocalFlush<'a, DEPTH> {
             index,
             slot,
             running: None,
+            due: Due { l1: false, l2: false },
             l1: PendingGva::new(),
             l2: PendingGva::new(),
             second_stage: PendingSecondStage::new(),
@@ -152,9 +155,9 @@ impl<'a, const DEPTH: usize> LocalFlush<'a, DEPTH> {
             self.leave();
         }
         self.running = Some(level);
-        let (mode, due) = match level {
-            Level::L1 => (word::MODE_L1, word::L1_GVA.all() | word::IPI_L1),
-            Level::L2 => (word::MODE_L2, word::L2_GVA.all() | word::L2_SECOND_STAGE.all() | word::IPI_L2),
+        let (mode, due, pending) = match level {
+            Level::L1 => (word::MODE_L1, word::L1_GVA.all() | word::IPI_L1, self.due.l1),
+            Level::L2 => (word::MODE_L2, word::L2_GVA.all() | word::L2_SECOND_STAGE.all() | word::IPI_L2, self.due.l2),
         };
         if mutant::active(Mutant::CheckBeforePublish) {
             let old = self.vp.word.load(Ordering::Acquire);
@@ -167,13 +170,15 @@ impl<'a, const DEPTH: usize> LocalFlush<'a, DEPTH> {
         // One change publishes the mode and tells what was marked before it. Acquire: a walk by the guest sees what
         // the makers of those marks wrote. Release: initiators that see the mode see the context it belongs to.
         let old = self.vp.word.fetch_add(word::EPOCH_ONE | mode, Ordering::AcqRel);
+        if old & due == 0 && !pending {
+            return None;
+        }
         if old & due != 0 {
             self.drain(level, due);
         }
         self.pending(level)
     }
 
-    #[inline]
     fn pending(&self, level: Level) -> Option<EntryFlush<'_, DEPTH>> {
         match level {
             Level::L1 if self.l1.is_none() => None,
@@ -194,8 +199,12 @@ impl<'a, const DEPTH: usize> LocalFlush<'a, DEPTH> {
             return;
         }
         match level {
-            Level::L1 => self.l1.drain(marks, word::L1_GVA, &self.vp.l1),
+            Level::L1 => {
+                self.due.l1 = true;
+                self.l1.drain(marks, word::L1_GVA, &self.vp.l1);
+            }
             Level::L2 => {
+                self.due.l2 = true;
                 self.l2.drain(marks, word::L2_GVA, &self.vp.l2);
                 self.second_stage.drain(marks, word::L2_SECOND_STAGE, &self.vp.second_stage);
             }
@@ -206,14 +215,27 @@ impl<'a, const DEPTH: usize> LocalFlush<'a, DEPTH> {
     #[inline]
     pub fn exit(&mut self) {
         match self.running {
-            Some(Level::L1) => self.l1.clear(),
-            Some(Level::L2) => {
-                self.l2.clear();
-                self.second_stage.clear();
-            }
+            Some(Level::L1) if self.due.l1 => self.done(Level::L1),
+            Some(Level::L2) if self.due.l2 => self.done(Level::L2),
+            Some(_) => (),
             None => return,
         }
         self.leave();
+    }
+
+    /// Nothing is pending for `level` any more.
+    fn done(&mut self, level: Level) {
+        match level {
+            Level::L1 => {
+                self.due.l1 = false;
+                self.l1.clear();
+            }
+            Level::L2 => {
+                self.due.l2 = false;
+                self.l2.clear();
+                self.second_stage.clear();
+            }
+        }
     }
 
     /// The entry did not happen: what was pending stays so.
@@ -268,6 +290,7 @@ impl<'a, const DEPTH: usize> LocalFlush<'a, DEPTH> {
     pub fn forget_context(&mut self) {
         // Before the old context disappears from the index, its translations are as good as gone.
         if !mutant::active(Mutant::KeepOldTag) {
+            self.due.l2 = true;
             self.l2.set_everything();
             self.vp.word.fetch_and(!word::L2_GVA.all(), Ordering::AcqRel);
             self.vp.l2.take(|_| ());
@@ -300,11 +323,22 @@ impl<'a, const DEPTH: usize> LocalFlush<'a, DEPTH> {
     /// Asks for everything of `level` to be flushed at its next entry (of L2: both stages).
     pub fn flush_all(&mut self, level: Level) {
         match level {
-            Level::L1 => self.l1.set_everything(),
+            Level::L1 => {
+                self.due.l1 = true;
+                self.l1.set_everything();
+            }
             Level::L2 => {
+                self.due.l2 = true;
                 self.l2.set_everything();
                 self.second_stage.set_everything();
             }
         }
     }
+}
+
+/// Whether anything is pending, by level.
+#[derive(Clone, Copy, Debug)]
+struct Due {
+    l1: bool,
+    l2: bool,
 }

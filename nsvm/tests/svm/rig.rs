@@ -133,6 +133,8 @@ pub struct Rig {
     pub iopm01: Box<[u64; 1536]>,
     pub asids: AsidPool,
     pub memory: Memory,
+    /// The plan of the last entry.
+    plan: Option<EntryPlan>,
 }
 
 pub fn host(features: Features) -> Host {
@@ -216,6 +218,7 @@ impl Rig {
                 read_only: Cell::new(false),
                 lends: Cell::new(false),
             },
+            plan: None,
         }
     }
 
@@ -301,11 +304,23 @@ impl Rig {
         assert!(matches!(exit, L1Exit::EnterL2(_)), "{exit:?}: {:?}", self.nested.last_refusal());
     }
 
+    /// Prepares an entry. One that may be repeated must be what it is when prepared anew.
     pub fn prepare(&mut self) -> EntryPlan {
-        match self.call(|nested, m| nested.prepare_entry(m)) {
+        let level = self.nested.level();
+        let before = (self.vmcb01.clone(), self.vmcb02.clone());
+        let repeated = self.call(|nested, m| nested.repeat_entry(m, level));
+        let repeated = repeated.then(|| (self.plan, self.vmcb01.as_bytes().to_vec(), self.vmcb02.as_bytes().to_vec()));
+        (self.vmcb01, self.vmcb02) = before;
+        let plan = match self.call(|nested, m| nested.prepare_entry(m)) {
             Entry::Run(plan) => plan,
             other => panic!("{other:?}"),
+        };
+        if let Some(repeated) = repeated {
+            let anew = (Some(plan), self.vmcb01.as_bytes().to_vec(), self.vmcb02.as_bytes().to_vec());
+            assert_eq!(repeated, anew);
         }
+        self.plan = Some(plan);
+        plan
     }
 
     /// L2 exits with `code`.
