@@ -3,9 +3,10 @@
 use hvcore::addr::Level;
 use hvcore::memory::GuestMemory;
 
+use crate::asid::AsidPool;
 use crate::events::Delivery;
 use crate::machine::Machine;
-use crate::state::NestedSvm;
+use crate::state::{NestedSvm, Settled};
 use crate::vmcb::Vmcb;
 use crate::vmcb::bits::{Event, EventKind, int_ctl, misc1, tlb};
 
@@ -47,7 +48,8 @@ impl NestedSvm {
             Level::L1 => (&mut *m.vmcb01, &self.tag1),
             Level::L2 => (&mut *m.vmcb02, &self.tag2),
         };
-        let repeats = self.settled && vmcb.control.exit_int_info & Event::VALID == 0 && m.asids.is_good(tag);
+        let repeats =
+            self.settled == Settled::Yes && vmcb.control.exit_int_info & Event::VALID == 0 && m.asids.is_good(tag);
         if repeats {
             vmcb.control.tlb_control = tlb::NONE;
         }
@@ -60,7 +62,7 @@ impl NestedSvm {
         &mut self,
         m: &mut Machine<'_, G, M, C>,
     ) -> Entry {
-        self.settled = false;
+        self.settled = Settled::No;
         match self.level {
             Level::L1 => reinject(m.vmcb01, 0, 0),
             Level::L2 => reinject(m.vmcb02, self.injected, self.control.next_rip),
@@ -85,8 +87,20 @@ impl NestedSvm {
         vmcb.control.tlb_control = assigned.tlb_control;
         vmcb.control.clean = 0;
         // An event that waits, or a window for one, is looked at before every entry.
-        self.settled = !exit_soon && !self.attends();
+        self.settled = if exit_soon || self.attends() { Settled::No } else { Settled::Prepared };
         Entry::Run(plan)
+    }
+
+    /// The guest has left for the first time since an entry was prepared.
+    #[inline(never)]
+    pub(crate) fn entered(&mut self, asids: &mut AsidPool) {
+        asids.entered(match self.level {
+            Level::L1 => &mut self.tag1,
+            Level::L2 => &mut self.tag2,
+        });
+        if self.settled == Settled::Prepared {
+            self.settled = Settled::Yes;
+        }
     }
 
     fn enter_l1(&self, vmcb01: &mut Vmcb, passed_through: bool) -> EntryPlan {

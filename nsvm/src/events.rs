@@ -9,7 +9,7 @@ use hvcore::memory::{GuestMemory, MemoryError};
 
 use crate::exit_code;
 use crate::machine::Machine;
-use crate::state::NestedSvm;
+use crate::state::{NestedSvm, Settled};
 use crate::vmcb::Vmcb;
 use crate::vmcb::bits::{DR6_BS, Event, int_ctl, int_state, misc1, rflags};
 use crate::vmexit::Exit;
@@ -104,7 +104,7 @@ impl NestedSvm {
     /// An NMI for L1. Held while GIF is clear or NMIs are blocked; further ones merge with it.
     #[inline]
     pub const fn pend_nmi(&mut self) {
-        self.settled = false;
+        self.settled = Settled::No;
         self.events.nmi = true;
         self.events.active = true;
     }
@@ -112,7 +112,7 @@ impl NestedSvm {
     /// An INIT for L1. Held while GIF is clear; makes an L2 exit if L1 intercepts it.
     #[inline]
     pub const fn pend_init(&mut self) {
-        self.settled = false;
+        self.settled = Settled::No;
         self.events.init = true;
         self.events.active = true;
     }
@@ -122,7 +122,7 @@ impl NestedSvm {
     /// went.
     #[inline]
     pub const fn pend_interrupt(&mut self, vector: Option<u8>) {
-        self.settled = false;
+        self.settled = Settled::No;
         self.events.interrupt = vector;
         self.events.active = true;
     }
@@ -339,7 +339,7 @@ impl NestedSvm {
         match code {
             exit_code::IRET if self.events.watches_iret() || self.events.iret01 => self.iret_reached(vmcb),
             exit_code::VINTR if self.events.window => {
-                self.settled = false;
+                self.settled = Settled::No;
                 self.events.window = false;
                 true
             }
@@ -351,7 +351,7 @@ impl NestedSvm {
     /// The guest is about to execute IRET, which ends the blocking of NMIs.
     #[cold]
     fn iret_reached(&mut self, vmcb: &mut Vmcb) -> bool {
-        self.settled = false;
+        self.settled = Settled::No;
         if self.events.watches_iret() {
             self.events.blocking = Blocking::AtIret(vmcb.save.rip);
         }
@@ -367,7 +367,7 @@ impl NestedSvm {
 
     #[cold]
     fn step_done(&mut self, vmcb: &mut Vmcb) -> bool {
-        self.settled = false;
+        self.settled = Settled::No;
         let Some(step) = self.events.step else { return false };
         if matches!(self.events.blocking, Blocking::AtIret(_)) {
             // IRET loaded RFLAGS: TF is the guest's.

@@ -7,14 +7,16 @@ use crate::exit_code;
 use crate::insn::{self, Kind, Mode};
 use crate::machine::{Code, Gprs, Machine};
 use crate::msr::MsrAccess;
-use crate::state::NestedSvm;
+use crate::state::{NestedSvm, Settled};
 use crate::view::View;
 use crate::vmcb::bits::{cr0, rflags, seg};
 use crate::vmcb::{Save, Vmcb};
 use crate::vmrun::{Failure, Invalidate};
 
 /// What the embedder does after an exit of L1.
+// The plainest layout: what is told apart at every exit is one byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum L1Exit {
     /// Dealt with. Go on with [`NestedSvm::prepare_entry`].
     Resume,
@@ -52,6 +54,8 @@ impl Fault {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Stepped {
     next_rip: u64,
+    /// In 64-bit code.
+    wide: bool,
     address_size: bool,
 }
 
@@ -61,18 +65,18 @@ pub(crate) struct Stepped {
 /// `nrips` says that the processor saved the next RIP.
 #[inline(always)]
 pub(crate) fn step<C: Code + ?Sized>(code: &C, level: Level, vmcb: &Vmcb, kind: Kind, nrips: bool) -> Option<Stepped> {
-    let rip = vmcb.save.rip;
+    let (rip, wide) = (vmcb.save.rip, vmcb.in_64bit_code());
     if nrips && vmcb.control.next_rip.wrapping_sub(rip) <= 3 {
         // Too short for a prefix that matters.
-        return Some(Stepped { next_rip: vmcb.control.next_rip, address_size: false });
+        return Some(Stepped { next_rip: vmcb.control.next_rip, wide, address_size: false });
     }
     // The usual case: no prefix. Two bytes are compared as two, three as three.
     if let Some((plain, len)) = kind.plain()
         && code.begins_with(level, vmcb, plain, if len == 2 { 0xFFFF } else { 0xFF_FFFF })
     {
         let next_rip = rip.wrapping_add(u64::from(len));
-        let next_rip = if vmcb.in_64bit_code() { next_rip } else { next_rip & 0xFFFF_FFFF };
-        return Some(Stepped { next_rip, address_size: false });
+        let next_rip = if wide { next_rip } else { next_rip & 0xFFFF_FFFF };
+        return Some(Stepped { next_rip, wide, address_size: false });
     }
     step_any(code, level, vmcb, kind)
 }
@@ -95,19 +99,19 @@ fn step_any<C: Code + ?Sized>(code: &C, level: Level, vmcb: &Vmcb, kind: Kind) -
     if mode != Mode::Bits64 {
         next_rip &= 0xFFFF_FFFF;
     }
-    Some(Stepped { next_rip, address_size: insn.address_size })
+    Some(Stepped { next_rip, wide: mode == Mode::Bits64, address_size: insn.address_size })
 }
 
 /// Physical address in RAX, cut to the instruction's address size.
 #[inline(always)]
 pub(crate) fn address(vmcb: &Vmcb, stepped: &Stepped) -> u64 {
     let rax = vmcb.save.rax;
-    let wide = vmcb.save.cs.attrib & seg::DB != 0;
-    match (vmcb.in_64bit_code(), wide, stepped.address_size) {
-        (true, _, false) => rax,
-        (true, _, true) | (false, true, false) | (false, false, true) => rax & 0xFFFF_FFFF,
-        (false, true, true) | (false, false, false) => rax & 0xFFFF,
+    if stepped.wide && !stepped.address_size {
+        return rax;
     }
+    let big = vmcb.save.cs.attrib & seg::DB != 0;
+    // An address-size prefix makes it the other one; in 64-bit code, 32 bits.
+    if stepped.wide || big != stepped.address_size { rax & 0xFFFF_FFFF } else { rax & 0xFFFF }
 }
 
 impl NestedSvm {
@@ -122,7 +126,7 @@ impl NestedSvm {
         let code = m.vmcb01.control.exit_code;
         m.vmcb01.control.event_inj = 0;
         if m.asids.is_prepared() && !exit_code::is_invalid(code) {
-            m.asids.entered(&mut self.tag1);
+            self.entered(m.asids);
         }
         match code {
             exit_code::VMRUN => self.l1_vmrun(m),
@@ -256,7 +260,7 @@ impl NestedSvm {
         C: Code + ?Sized,
     {
         self.l1_instruction(m, if set { Kind::Stgi } else { Kind::Clgi }, |nested, _, _, _| {
-            nested.settled = false;
+            nested.settled = Settled::No;
             nested.gif = set;
             Ok(())
         })
@@ -284,7 +288,7 @@ impl NestedSvm {
     /// Drops what INVLPGA for L1's `asid` may concern; more than one page is always right. The ASID whose derived
     /// translations go too, if it is one of L2.
     pub(crate) fn invlpga(&mut self, asid: u32) -> Option<u32> {
-        self.settled = false;
+        self.settled = Settled::No;
         if asid == 0 {
             self.tag1.invalidate();
             return None;

@@ -10,13 +10,15 @@ use crate::machine::{Code, Gprs, Machine};
 use crate::maps::Bits;
 use crate::msr::MsrAccess;
 use crate::npt::{self, NptFormat, WalkFault};
-use crate::state::NestedSvm;
+use crate::state::{NestedSvm, Settled};
 use crate::vmcb::bits::{Event, int_ctl, misc1, np};
 use crate::vmcb::{EnlightenedVmcbFields, Vmcb};
 use crate::vmexit::Exit;
 
 /// What the embedder does after an exit of L2.
+// The plainest layout: what is told apart at every exit is one byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum L2Exit {
     /// Dealt with: L2 goes on. Call [`NestedSvm::prepare_entry`].
     Resume,
@@ -75,7 +77,9 @@ impl NestedSvm {
             // A check that the processor has and the library lacks: L1's VMCB is at fault.
             return self.exit_to_l1(m, Exit::simple(exit_code::INVALID));
         }
-        m.asids.entered(&mut self.tag2);
+        if m.asids.is_prepared() {
+            self.entered(m.asids);
+        }
         self.sync(m.vmcb01, m.vmcb02);
         // The events first, which are L0's or L1's but never L2's; then what needs more than an intercept bit.
         match code {
@@ -345,7 +349,7 @@ impl NestedSvm {
 
     /// STGI or CLGI of L2: its virtual GIF if it has one, else the GIF.
     fn set_l2_gif(&mut self, set: bool) {
-        self.settled = false;
+        self.settled = Settled::No;
         if self.control.int_ctl & int_ctl::V_GIF_ENABLE == 0 {
             self.gif = set;
         } else if set {

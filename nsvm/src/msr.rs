@@ -3,7 +3,7 @@
 use crate::caps::{Config, Features};
 use crate::l1::Fault;
 use crate::machine::Gprs;
-use crate::state::NestedSvm;
+use crate::state::{NestedSvm, Settled};
 use crate::vmcb::Vmcb;
 use crate::vmcb::bits::{cr0, efer};
 
@@ -105,7 +105,7 @@ impl NestedSvm {
     }
 
     fn write_efer(&mut self, vmcb: &mut Vmcb, value: u64) -> Result<(), Fault> {
-        self.settled = false;
+        self.settled = Settled::No;
         let old = vmcb.save.efer;
         // LMA is read-only: what is written there does not matter.
         if value & !(self.config.host.efer_valid | efer::LMA) != 0 {

@@ -43,6 +43,17 @@ pub struct NestedPaging {
     pub enlightened_tlb: bool,
 }
 
+/// Whether the next entry is the last one over again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Settled {
+    /// Something has happened since that an entry depends on.
+    No,
+    /// The last one is prepared, and has not happened yet as far as is known.
+    Prepared,
+    /// It is.
+    Yes,
+}
+
 /// The nested SVM state of one virtual processor; its VP alone uses it.
 #[derive(Clone, Debug)]
 pub struct NestedSvm {
@@ -72,8 +83,7 @@ pub struct NestedSvm {
     pub(crate) last_refusal: Option<Refusal>,
     pub(crate) tag1: Tag,
     pub(crate) tag2: Tag,
-    /// Nothing has happened since the last entry was prepared that could make the next one differ.
-    pub(crate) settled: bool,
+    pub(crate) settled: Settled,
     pub(crate) msr_words: HotWords,
     pub(crate) io_words: HotWords,
 }
@@ -102,7 +112,7 @@ impl NestedSvm {
             last_refusal: None,
             tag1: Tag::default(),
             tag2: Tag::default(),
-            settled: false,
+            settled: Settled::No,
             msr_words: HotWords::default(),
             io_words: HotWords::default(),
         }
@@ -123,7 +133,7 @@ impl NestedSvm {
         self.events = Events::default();
         self.tag1.retire();
         self.tag2.retire();
-        self.settled = false;
+        self.settled = Settled::No;
     }
 
     /// Which level runs next.
@@ -193,7 +203,7 @@ impl NestedSvm {
     /// to a shadow page table that changed in a way that takes permissions away.
     #[inline]
     pub const fn retire_tag(&mut self, level: Level) {
-        self.settled = false;
+        self.settled = Settled::No;
         match level {
             Level::L1 => self.tag1.invalidate(),
             Level::L2 => self.tag2.invalidate(),
@@ -204,7 +214,7 @@ impl NestedSvm {
     /// anew.
     #[inline]
     pub const fn own_controls_changed(&mut self) {
-        self.settled = false;
+        self.settled = Settled::No;
     }
 
     /// The embedder's MSR or IO permission map changed: merged words are made anew.

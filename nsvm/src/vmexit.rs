@@ -10,7 +10,7 @@ use zerocopy::IntoBytes;
 use crate::caps::Features;
 use crate::exit_code;
 use crate::machine::Machine;
-use crate::state::NestedSvm;
+use crate::state::{NestedSvm, Settled};
 use crate::view::View;
 use crate::vmcb::bits::{DR7_RESET, Event, cr4, int_ctl, int_state, np, rflags, virt_ext};
 use crate::vmcb::{SAVE_OFFSET, Save, Vmcb};
@@ -200,7 +200,7 @@ impl NestedSvm {
 
     /// L1 runs next, after its VMRUN, with GIF clear.
     fn leave(&mut self, vmcb01: &mut Vmcb) {
-        self.settled = false;
+        self.settled = Settled::No;
         self.level = Level::L1;
         self.gif = false;
         self.injected = 0;

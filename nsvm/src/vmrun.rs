@@ -10,7 +10,7 @@ use zerocopy::IntoBytes;
 use crate::caps::{Config, Features};
 use crate::check::{self, Refusal};
 use crate::machine::Machine;
-use crate::state::{Context, NestedSvm};
+use crate::state::{Context, NestedSvm, Settled};
 use crate::view::View;
 use crate::vmcb::bits::{Event, Intercepts, clean, cr4, int_ctl, int_state, misc1, misc2, np, rflags, tlb, virt_ext};
 use crate::vmcb::{Control, ENLIGHTENED_VMCB_OFFSET, EnlightenedVmcbFields, SAVE_OFFSET, Save, Vmcb};
@@ -92,7 +92,7 @@ impl NestedSvm {
         self.load_save(m.vmcb02, m.vmcb01, unchanged);
         self.load_control(m);
         self.merge_maps(m, unchanged);
-        self.settled = false;
+        self.settled = Settled::No;
         self.level = Level::L2;
         self.gif = true;
         Ok(invalidate)

@@ -6,18 +6,14 @@ use core::mem::offset_of;
 pub use crate::gprs::Gprs;
 use crate::{cpu, msr};
 
-/// The body of a world switch: callee-saved registers, then RCX, RDX and RDI (from the top: `[rsp + 16]`, `[rsp + 8]`,
-/// `[rsp]`) on the stack; what comes `before`; the guest's registers and VMRUN; the guest's registers stored; what comes
-/// `after`, when only RAX may be used.
+/// A world switch: RBX, RBP, then RCX, RDX and RDI (from the top: `[rsp + 16]`, `[rsp + 8]`, `[rsp]`) on the stack; what
+/// comes `before`; the guest's registers and VMRUN; the guest's registers stored; what comes `after`, when only RAX may
+/// be used. In place, so that the caller saves only what it still needs.
 macro_rules! world_switch {
-    (before: [$($before:literal),*], after: [$($after:literal),*]) => {
-        naked_asm!(
-            "push rbp",
+    (before: [$($before:literal),*], after: [$($after:literal),*], $($operand:tt)*) => {
+        asm!(
             "push rbx",
-            "push r12",
-            "push r13",
-            "push r14",
-            "push r15",
+            "push rbp",
             "push rcx",
             "push rdx",
             "push rdi",
@@ -56,13 +52,8 @@ macro_rules! world_switch {
             "mov [rax + {r15}], r15",
             $($after,)*
             "add rsp, 24",
-            "pop r15",
-            "pop r14",
-            "pop r13",
-            "pop r12",
-            "pop rbx",
             "pop rbp",
-            "ret",
+            "pop rbx",
             rcx = const offset_of!(Gprs, rcx),
             rdx = const offset_of!(Gprs, rdx),
             rbx = const offset_of!(Gprs, rbx),
@@ -77,6 +68,9 @@ macro_rules! world_switch {
             r13 = const offset_of!(Gprs, r13),
             r14 = const offset_of!(Gprs, r14),
             r15 = const offset_of!(Gprs, r15),
+            out("rax") _, out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+            out("r12") _, out("r13") _, out("r14") _, out("r15") _,
+            $($operand)*
         )
     };
 }
@@ -88,24 +82,35 @@ macro_rules! world_switch {
 /// host's are loaded, so exceptions and, once GIF is set, NMIs find the host's TSS.
 ///
 /// # Safety
-/// GIF is clear and EFER.SVME set. The three addresses are of pages that live on and are this processor's;
-/// the VMCB's guest is confined to memory that is not the program's. x87, SSE and AVX registers are the guest's
-/// before and after: the program does not use them.
-#[unsafe(naked)]
-pub unsafe extern "C" fn run(gprs: *mut Gprs, vmcb: u64, guest_state: u64, host_state: u64) {
-    world_switch!(
-        before: ["mov rax, rdx", "vmload rax"],
-        after: ["mov rax, [rsp + 8]", "vmsave rax", "mov rax, [rsp + 16]", "vmload rax"]
-    )
+/// GIF is clear and EFER.SVME set. `gprs` is the program's to change; the three addresses are of pages that live on and
+/// are this processor's; the VMCB's guest is confined to memory that is not the program's. x87, SSE and AVX registers
+/// are the guest's before and after: the program does not use them.
+#[inline(always)]
+pub unsafe fn run(gprs: *mut Gprs, vmcb: u64, guest_state: u64, host_state: u64) {
+    // SAFETY: the caller vouches for the addresses; every register that the guest changes is restored or given up.
+    unsafe {
+        world_switch!(
+            before: ["mov rax, rdx", "vmload rax"],
+            after: ["mov rax, [rsp + 8]", "vmsave rax", "mov rax, [rsp + 16]", "vmload rax"],
+            inout("rdi") gprs => _, inout("rsi") vmcb => _, inout("rdx") guest_state => _, inout("rcx") host_state => _
+        );
+    }
 }
 
 /// As [`run`], for a guest that shares the state of VMLOAD and VMSAVE with the program.
 ///
 /// # Safety
 /// As [`run`]; and the guest leaves that state as it is.
-#[unsafe(naked)]
-pub unsafe extern "C" fn run_sharing_state(gprs: *mut Gprs, vmcb: u64) {
-    world_switch!(before: [], after: [])
+#[inline(always)]
+pub unsafe fn run_sharing_state(gprs: *mut Gprs, vmcb: u64) {
+    // SAFETY: as for `run`.
+    unsafe {
+        world_switch!(
+            before: [],
+            after: [],
+            inout("rdi") gprs => _, inout("rsi") vmcb => _, out("rdx") _, out("rcx") _
+        );
+    }
 }
 
 /// What the processor offers of SVM: CPUID leaf 0x8000_000A, or `None` without SVM (0x8000_0001 ECX bit 2).

@@ -23,11 +23,7 @@ use crate::vp::Vp;
 #[inline(always)]
 pub fn l1(vp: &mut Vp) -> Result<(), Failure> {
     let exit = vp.m.vmcb01.control.exit_code;
-    let outcome = vp.nested.l1_exit(&mut vp.m);
-    if outcome == L1Exit::Resume {
-        return Ok(());
-    }
-    match outcome {
+    match vp.nested.l1_exit(&mut vp.m) {
         L1Exit::Resume => Ok(()),
         L1Exit::EnterL2(invalidate) => {
             nested::enter_l2(vp, invalidate);

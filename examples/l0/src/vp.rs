@@ -292,6 +292,9 @@ impl Vp {
                 Entry::Shutdown => return exits::reset_machine(self),
             };
             debug_assert_eq!(plan.level, level);
+            if plan.exit_soon {
+                self.shared.kick(self.id);
+            }
             loop {
                 self.enter(&plan, vmcb);
                 self.left(level);
@@ -324,7 +327,7 @@ impl Vp {
     /// True when something is to be done before the next entry that seldom is.
     #[inline]
     fn is_disturbed(&self) -> bool {
-        self.waiting || self.churned || self.inbox.has_events()
+        self.waiting | self.churned || self.inbox.has_events()
     }
 
     /// What is seldom to be done before an entry.
@@ -381,9 +384,6 @@ impl Vp {
     /// VMRUN as `plan` says, of the VMCB at `vmcb`.
     #[inline(always)]
     fn enter(&mut self, plan: &EntryPlan, vmcb: u64) {
-        if plan.exit_soon {
-            self.shared.kick(self.id);
-        }
         if plan.sync_tpr {
             let vmcb = self.vmcb();
             vmcb.control.int_ctl = vmcb.control.int_ctl & !int_ctl::V_TPR | cpu::cr8();

@@ -1,6 +1,7 @@
 use hvcore::addr::Level;
-use nsvm::vmcb::bits::{int_ctl, misc1, rflags, tlb};
-use nsvm::{EntryPlan, L2Exit, exit_code};
+use nsvm::asid::{AsidPool, Tag};
+use nsvm::vmcb::bits::{Event, int_ctl, misc1, rflags, tlb};
+use nsvm::{EntryPlan, L1Exit, L2Exit, exit_code};
 
 use crate::rig::Rig;
 
@@ -159,4 +160,109 @@ fn l1s_own_interrupted_deliveries_too() {
     rig.l1(exit_code::NPF, &[]);
     rig.prepare();
     assert_eq!(rig.vmcb01.control.event_inj, 1 << 31 | 0x30);
+}
+
+impl Rig {
+    fn repeats(&mut self) -> bool {
+        let level = self.nested.level();
+        self.call(|nested, m| nested.repeat_entry(m, level))
+    }
+}
+
+/// An exit of L1 or L2 that leaves nothing behind.
+fn plain_exit(rig: &mut Rig) {
+    match rig.nested.level() {
+        Level::L1 => assert_eq!(rig.l1(exit_code::CPUID, &[0x0F, 0xA2]), L1Exit::NotMine),
+        Level::L2 => assert_eq!(rig.l2(exit_code::NMI), L2Exit::Embedder),
+    }
+}
+
+#[test]
+fn an_entry_is_repeated_after_an_exit_that_leaves_nothing_behind() {
+    let mut rig = Rig::ready();
+    assert!(!rig.repeats(), "none was prepared");
+    rig.prepare();
+    assert!(!rig.repeats(), "none has happened");
+    plain_exit(&mut rig);
+    assert_eq!(rig.vmcb01.control.tlb_control, tlb::ALL);
+    assert!(rig.repeats());
+    assert_eq!(rig.vmcb01.control.tlb_control, tlb::NONE);
+    rig.vmcb01.save.rax = 0x2000;
+    assert_eq!(rig.l1(exit_code::VMLOAD, &[0x0F, 0x01, 0xDA]), L1Exit::Resume);
+    assert!(rig.repeats());
+    rig.enter();
+    assert!(!rig.repeats());
+    rig.prepare();
+    plain_exit(&mut rig);
+    assert!(rig.repeats());
+    rig.l2_to_l1(exit_code::VMRUN);
+    assert!(!rig.repeats());
+}
+
+#[test]
+fn a_refused_entry_is_not_repeated() {
+    let mut rig = Rig::ready();
+    rig.prepare();
+    assert_eq!(rig.l1(exit_code::INVALID, &[]), L1Exit::NotMine);
+    assert!(!rig.repeats());
+    assert_eq!((rig.prepare().level, rig.vmcb01.control.tlb_control), (Level::L1, tlb::ALL));
+}
+
+#[test]
+fn an_entry_is_prepared_anew_after_what_it_depends_on() {
+    let changes: [(&str, fn(&mut Rig)); 11] = [
+        ("an NMI", |rig| rig.nested.pend_nmi()),
+        ("an INIT", |rig| rig.nested.pend_init()),
+        ("an interrupt", |rig| rig.nested.pend_interrupt(Some(0x30))),
+        ("a tag that is retired", |rig| rig.nested.retire_tag(rig.nested.level())),
+        ("the embedder's controls", |rig| rig.nested.own_controls_changed()),
+        ("a flush of the CPU", |rig| rig.asids.flush_all()),
+        ("a migration", |rig| rig.asids = AsidPool::new(1, 16, false).unwrap()),
+        ("an interrupted delivery", |rig| match rig.nested.level() {
+            Level::L1 => rig.vmcb01.control.exit_int_info = Event::nmi().raw(),
+            Level::L2 => rig.vmcb02.control.exit_int_info = Event::nmi().raw(),
+        }),
+        ("CLGI", |rig| svm(rig, exit_code::CLGI, 0xDD)),
+        ("INVLPGA", |rig| svm(rig, exit_code::INVLPGA, 0xDF)),
+        ("INIT reached L1", |rig| rig.nested.reset()),
+    ];
+    for level in [Level::L1, Level::L2] {
+        for (what, change) in changes {
+            let mut rig = Rig::ready();
+            if level == Level::L2 {
+                rig.enter();
+            }
+            rig.prepare();
+            plain_exit(&mut rig);
+            assert!(rig.repeats());
+            change(&mut rig);
+            assert!(!rig.repeats(), "{what} in {level:?}");
+        }
+    }
+}
+
+fn svm(rig: &mut Rig, code: u64, last: u8) {
+    if rig.nested.level() == Level::L1 {
+        assert_ne!(rig.l1(code, &[0x0F, 0x01, last]), L1Exit::NotMine);
+    } else {
+        let rip = rig.vmcb02.save.rip;
+        rig.write(rip, &[0x0F, 0x01, last]);
+        assert!(matches!(rig.l2(code), L2Exit::Resume | L2Exit::InvalidateAsid { .. }));
+    }
+}
+
+#[test]
+fn another_vp_that_uses_up_the_asids_ends_the_repetition() {
+    let mut rig = Rig::ready();
+    rig.prepare();
+    plain_exit(&mut rig);
+    let mut others = [Tag::default(); 15];
+    for tag in &mut others[..14] {
+        rig.asids.assign(tag);
+        rig.asids.entered(tag);
+    }
+    assert!(rig.repeats(), "the ASID is still the VP's own");
+    rig.asids.assign(&mut others[14]);
+    rig.asids.entered(&mut others[14]);
+    assert!(!rig.repeats(), "the ASID may be another VP's");
 }
