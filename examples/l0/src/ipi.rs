@@ -180,6 +180,12 @@ impl Ipis {
         ldr >> 4 == mda >> 4 && ldr & mda & 0xf != 0
     }
 
+    /// True when `cpu` has anything pending.
+    #[inline]
+    pub fn has_events(&self, cpu: usize) -> bool {
+        self.inbox(cpu).is_some_and(|inbox| inbox.has_events())
+    }
+
     /// Where what is pending for `cpu` is seen.
     pub fn inbox(&self, cpu: usize) -> Option<Inbox<'_>> {
         self.slots.get(cpu).map(|slot| Inbox(&slot.pending))

@@ -210,7 +210,8 @@ fn a_refused_entry_is_not_repeated() {
 
 #[test]
 fn an_entry_is_prepared_anew_after_what_it_depends_on() {
-    let changes: [(&str, fn(&mut Rig)); 11] = [
+    type Change = (&'static str, fn(&mut Rig));
+    let changes: [Change; 11] = [
         ("an NMI", |rig| rig.nested.pend_nmi()),
         ("an INIT", |rig| rig.nested.pend_init()),
         ("an interrupt", |rig| rig.nested.pend_interrupt(Some(0x30))),
