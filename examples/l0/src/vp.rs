@@ -412,6 +412,7 @@ impl Vp {
 
     /// What auditor, timeline and counter want right before VMRUN.
     #[cold]
+    #[inline(never)]
     fn observe_entry(&mut self, level: Level) {
         if self.shared.audit {
             self.audit_entry(level);
@@ -426,6 +427,7 @@ impl Vp {
 
     /// What they want right after it.
     #[cold]
+    #[inline(never)]
     fn observe_exit(&mut self, level: Level) {
         if self.shared.count {
             self.left_at = cpu::rdtsc();
