@@ -4,11 +4,14 @@
 
 mod access;
 mod entry;
+mod evmcs;
 mod invalidate;
 mod l2;
+mod launch;
 mod msrs;
 mod operand;
 mod region;
 mod rig;
+mod save;
 mod vmxon;
 mod vpid;
