@@ -291,8 +291,8 @@ impl NestedVmx {
         // A SIPI for a processor that waits for none is lost.
         self.l2.events.sipi = None;
         let mut windows = 0;
-        let free = vmcs01.read32(Field::EntryInterruptionInfo) & interruption::VALID == 0;
         if self.l2.events.nmi {
+            let free = vmcs01.read32(Field::EntryInterruptionInfo) & interruption::VALID == 0;
             if free && nmi_open(vmcs01) {
                 self.l2.events.nmi = false;
                 Injection::nmi().write(vmcs01);

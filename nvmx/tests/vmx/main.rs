@@ -3,6 +3,7 @@
 #![allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::unwrap_used, clippy::panic)]
 
 mod access;
+mod economy;
 mod entry;
 mod evmcs;
 mod invalidate;
