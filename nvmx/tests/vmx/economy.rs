@@ -28,7 +28,7 @@ fn round_trip(rig: &mut Rig, advance: impl FnOnce(&mut Rig)) -> Spent {
 
 #[test]
 fn with_the_enlightened_vmcs() {
-    let mut rig = Rig::enlightened();
+    let mut rig = Rig::announced();
     assert_eq!(rig.l1(exit_reason::VMLAUNCH), L1Exit::EnterL2);
     rig.run();
     round_trip(&mut rig, |rig| rig.set_evmcs(Field::GuestRip, 0x9002));

@@ -2,11 +2,10 @@
 
 use hvcore::addr::L1Gpa;
 use hvcore::tlfs_abi::assist::vp_assist_offset;
-use nvmx::caps::Config;
 use nvmx::field::Field;
 use nvmx::{Entry, EntryPlan, L1Exit, L2Exit, exit_reason};
 
-use crate::rig::{End, FakeVmcs, Rig, VMXON, host, valid};
+use crate::rig::{ASSIST, EVMCS, End, FakeVmcs, Rig, VMXON, valid};
 
 impl Rig {
     /// A rig whose L1 has filled in its VMCS, not launched.
@@ -70,14 +69,10 @@ impl Rig {
     }
 }
 
-/// L1's VP assist page and its enlightened VMCS.
-pub const ASSIST: u64 = 0x3_0000;
-pub const EVMCS: u64 = 0x4_0000;
-
 impl Rig {
     /// A rig whose L1 has announced an enlightened VMCS that passes every check.
-    pub fn enlightened() -> Self {
-        let mut rig = Self::with(Config::all(host(), true, false).unwrap());
+    pub fn announced() -> Self {
+        let mut rig = Self::enlightened();
         assert_eq!(rig.vmxon(VMXON), End::Succeed);
         rig.assist_page = Some(L1Gpa::new(ASSIST));
         rig.write(ASSIST + vp_assist_offset::ENLIGHTEN_VM_ENTRY, &1u64.to_le_bytes());
