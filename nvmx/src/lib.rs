@@ -31,7 +31,6 @@ mod machine;
 pub mod msr;
 mod msr_list;
 mod operand;
-pub mod save;
 mod state;
 pub mod step;
 mod timer;

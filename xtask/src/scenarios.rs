@@ -116,8 +116,6 @@ pub struct Scenario {
     pub expect: Expect,
     /// The scenario that does the same on the bare emulator: what fails there as well is the emulator's fault.
     pub control: Option<&'static str>,
-    /// Is about images with SSE: runs with those for the host's target alone.
-    pub sse: bool,
     /// Takes minutes: runs when it is named, or with `--all`.
     pub slow: bool,
     /// Seconds after which it has failed, unless `--timeout` says otherwise.
@@ -169,7 +167,6 @@ const BASE: Scenario = Scenario {
     typed: None,
     expect: Expect::Success,
     control: None,
-    sse: false,
     slow: false,
     timeout: 120,
 };
@@ -195,9 +192,15 @@ const SVM: Scenario =
 const SMALL_L1: &[Module] = &[Module { content: Content::Image("l1"), args: "" }];
 
 /// With several processors and direct flush there is nothing that may be skipped.
-const ALL_OF_IT: &[Module] = &[Module { content: Content::Image("l1"), args: "skip=no" }];
+const ALL_OF_IT: &[Module] = &[Module { content: Content::Image("l1"), args: "skip=no storm=20400" }];
 
 const HOSTILE: &[Module] = &[Module { content: Content::Image("l1"), args: "scenario=hostile-vmcbs hostile=100000" }];
+
+/// A million flushes by the host, and as many by the small hypervisor.
+const STORM: &[Module] = &[Module {
+    content: Content::Image("l1"),
+    args: "scenario=flush-storm,flush-storm-reflected skip=no storm=1000000",
+}];
 
 const ASID_REUSE: &[Module] = &[Module { content: Content::Image("l1"), args: "scenario=asid-reuse" }];
 
@@ -327,7 +330,6 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "l0-boot-4-processors", image: "l0", modules: RUNTIME_AS_L1, cpus: 4, ..BASE },
     Scenario { name: "l0-boot", image: "l0", modules: RUNTIME_AS_L1, machine: BOCHS, ..BASE },
     Scenario { name: "l0-boot-2-processors", image: "l0", modules: RUNTIME_AS_L1, cpus: 2, machine: BOCHS, ..BASE },
-    Scenario { name: "l0-refuses-sse", image: "l0", modules: RUNTIME_AS_L1, sse: true, expect: Expect::GaveUp("built with SSE"), ..BASE },
     // The small hypervisor and its guests on the L0 hypervisor.
     SVM,
     Scenario { modules: ALL_OF_IT, cpus: 2, ..SVM },
@@ -349,6 +351,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "linux-kvm-linux", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_FLUSHES, control: Some("linux-kvm-linux-bare"), slow: true, timeout: 600, ..LINUX },
     Scenario { name: "linux-kvm-linux-plain", args: "audit enlighten=off", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_PLAIN, control: Some("linux-kvm-linux-bare"), slow: true, timeout: 600, ..LINUX },
     Scenario { name: "linux-shell", args: "", modules: LINUX_SHELL, machine: BOCHS_LINUX, typed: Some(POWER_OFF), expect: SHELL_ENDS, slow: true, timeout: 900, ..LINUX },
+    Scenario { name: "svm-storm", image: "l0", args: "audit", modules: STORM, cpus: 4, slow: true, timeout: 1200, ..BASE },
     // Faults that L0 commits on purpose: the controls of the TLB auditor.
     Scenario { name: "audit-no-tlb-control", image: "l0", args: "audit mutant=no-tlb-control", modules: ASID_REUSE, expect: Expect::GaveUp("audit:"), ..BASE },
     Scenario { name: "audit-one-asid", image: "l0", args: "audit mutant=one-asid", modules: ASID_REUSE, expect: Expect::GaveUp("without a flush"), ..BASE },

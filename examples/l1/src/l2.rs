@@ -7,7 +7,12 @@ use core::arch::{asm, naked_asm};
 use core::mem::offset_of;
 use core::sync::atomic::{AtomicU64, Ordering};
 use hvcore::client::{HypercallPort, INPUT_WORDS, XMM_WORDS};
-use tlfs_abi::hypercall::{HypercallInput, HypercallResult};
+use tlfs_abi::flush::FlushFlags;
+use tlfs_abi::hypercall::{CallCode, HypercallInput, HypercallResult};
+use tlfs_abi::vp_set::VpSetFormat;
+
+/// Bit 11 of an extended entry: its page is a large one.
+const EXTENDED_LARGE_PAGE: u64 = 1 << 11;
 
 /// What L2's processors and the scenario share. One initiator, one reader per slot.
 #[repr(C)]
@@ -142,6 +147,19 @@ pub enum How {
     List(u16),
     /// The changed page as the whole 2 MiB around it, in an entry of 512 pages.
     Large,
+    /// The same in one entry of the extended format, which names the 2 MiB page.
+    Extended,
+    /// A call with a VP set that names nobody, which is no flush at all.
+    EmptySet,
+}
+
+/// A call that the client would not make: by memory, with these words.
+fn raw(port: &mut Vmmcall, input: HypercallInput, words: &[u64]) -> Result<(), hvcore::client::UseNative> {
+    port.page[..words.len()].copy_from_slice(words);
+    match port.call_memory(input) {
+        result if result.status() == tlfs_abi::status::HvStatus::SUCCESS => Ok(()),
+        _ => Err(hvcore::client::UseNative::NotOffered),
+    }
 }
 
 /// The initiator's orders and its report.
@@ -231,6 +249,16 @@ fn flush(orders: &Initiator, port: &mut Vmmcall, address: u64) -> Result<(), hvc
         How::Large => {
             let large = GvaSpan { start: address & !0x1F_FFFF, pages: 1, page_size: 1 << 21 };
             flush(port, &orders.offer, space, targets, FlushScope::Spans(&[large]))
+        }
+        How::Extended => {
+            let entry = address & !0x1F_FFFF | EXTENDED_LARGE_PAGE;
+            let input = HypercallInput::new(CallCode::FLUSH_VIRTUAL_ADDRESS_LIST).with_reps(1, 0);
+            let flags = FlushFlags::ALL_PROCESSORS | FlushFlags::EXTENDED_RANGE_FORMAT;
+            raw(port, input, &[orders.space, flags, 0, entry])
+        }
+        How::EmptySet => {
+            let input = HypercallInput::new(CallCode::FLUSH_VIRTUAL_ADDRESS_SPACE_EX);
+            raw(port, input, &[orders.space, 0, VpSetFormat::SPARSE_4K.0, 0])
         }
         How::List(others) => {
             let mut spans = [GvaSpan { start: 0x6000_0000, ..page }; 509];

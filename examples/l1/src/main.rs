@@ -17,6 +17,7 @@ mod scenarios;
 mod smp;
 #[allow(dead_code, reason = "a table of the architecture: scenarios use what they need of it")]
 mod vmcb;
+mod vms;
 
 use core::fmt;
 use global::Global;
@@ -115,6 +116,9 @@ fn run(boot: &'static BootInfo) -> ExitCode {
     let wanted = boot.argument("scenario").unwrap_or("all");
     if let Some(tries) = boot.argument("hostile").and_then(|n| n.parse().ok()) {
         scenarios::hostile::set_tries(tries);
+    }
+    if let Some(flushes) = boot.argument("storm").and_then(|n| n.parse().ok()) {
+        scenarios::storm::set_flushes(flushes);
     }
     // `skip=no`: this machine has all that the scenarios want, so a skipped one is a failure.
     let may_skip = boot.argument("skip") != Some("no");

@@ -7,6 +7,13 @@ const END_OF_INTERRUPT: u64 = 0xB0;
 const SPURIOUS: u64 = 0xF0;
 const COMMAND_LOW: u64 = 0x300;
 const COMMAND_HIGH: u64 = 0x310;
+const TIMER_VECTOR: u64 = 0x320;
+const TIMER_COUNT: u64 = 0x380;
+const TIMER_DIVIDE: u64 = 0x3E0;
+/// Timer divisor 16.
+const DIVIDE_BY_16: u32 = 3;
+/// The timer's vector is masked.
+const MASKED: u32 = 1 << 16;
 
 /// Delivery mode and level of the interrupt command register.
 mod command {
@@ -50,6 +57,13 @@ pub fn enable() {
 /// The interrupt being handled is done.
 pub fn end_of_interrupt() {
     write(END_OF_INTERRUPT, 0);
+}
+
+/// Has the timer send `vector` to this processor once, after 16 times `ticks` of its clock; 0 stops it.
+pub fn one_shot(vector: u8, ticks: u32) {
+    write(TIMER_DIVIDE, DIVIDE_BY_16);
+    write(TIMER_VECTOR, u32::from(vector) | if ticks == 0 { MASKED } else { 0 });
+    write(TIMER_COUNT, ticks);
 }
 
 fn send(destination: u32, low: u32) {

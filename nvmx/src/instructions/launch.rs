@@ -69,9 +69,7 @@ impl NestedVmx {
             // An enlightened VMCS has no launch state.
             Current::Enlightened(gpa) => (gpa, !launch),
         };
-        let blocking = m.vmcs01.read32(Field::GuestInterruptibility);
-        self.l2.blocking01 = Some(blocking);
-        if blocking & interruptibility::MOV_SS != 0 {
+        if m.vmcs01.read32(Field::GuestInterruptibility) & interruptibility::MOV_SS != 0 {
             return Ok(Err(Done::Fail(error::MOV_SS)));
         }
         if launch == launched {

@@ -250,5 +250,21 @@ pub fn direct() -> Outcome {
     case("list of 15, set, memory", &SPARSE_IDS, How::List(14), false, false)?;
     case("list of 500, set, memory", &SPARSE_IDS, How::List(499), false, false)?;
     case("list of 509, mask, memory", &LOW_IDS, How::List(508), false, false)?;
-    case("2 MiB, mask, XMM", &LOW_IDS, How::Large, true, false)
+    case("list of 508, all, memory", &LOW_IDS, How::List(507), false, true)?;
+    case("2 MiB, mask, XMM", &LOW_IDS, How::Large, true, false)?;
+    case("2 MiB, extended", &LOW_IDS, How::Extended, false, true)
+}
+
+/// A set that names nobody is a success and no flush: the readers go on seeing the old page.
+pub fn empty_set() -> Outcome {
+    hyperv::needs_direct_flush()?;
+    if smp::count() == 1 {
+        return Err(Failure::Missing("a second processor"));
+    }
+    reset_counters();
+    let vm = Vm::new(&LOW_IDS);
+    let orders = vm.run(How::EmptySet, HostOffer::default(), None)?;
+    check("flush calls that this hypervisor saw", REFLECTED.load(Ordering::Relaxed), 0)?;
+    check("the initiator's failure", orders.failed.load(Ordering::Relaxed), 0)?;
+    check("stale translations were seen", u64::from(vm.stale() > 0), 1)
 }

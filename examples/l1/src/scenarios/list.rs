@@ -41,9 +41,14 @@ scenarios! {
     svm "hostile-vmcbs" => hostile::vmcbs;
     svm "flush-control" => flush::control;
     svm "flush-direct" => flush::direct;
+    svm "flush-empty-set" => flush::empty_set;
     svm "flush-preconditions" => flush_rules::preconditions;
     svm "flush-other-calls" => flush_rules::other_calls;
     svm "flush-refused-input" => flush_rules::refused_input;
     svm "flush-synthetic-exit" => flush_rules::synthetic_exit;
     svm "flush-unreadable-partition-assist" => flush_rules::unreadable_partition_assist;
+    svm "flush-other-vm" => other_vm::keeps;
+    svm "flush-lock-release" => storm::lock_release;
+    svm "flush-storm" => storm::direct;
+    svm "flush-storm-reflected" => storm::reflected;
 }

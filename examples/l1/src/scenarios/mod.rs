@@ -10,7 +10,9 @@ mod flush_rules;
 pub mod hostile;
 mod interrupts;
 mod modes;
+mod other_vm;
 mod paging;
+pub mod storm;
 
 use crate::Failure;
 
