@@ -146,6 +146,12 @@ impl NestedVmx {
         &self.vmcs12
     }
 
+    /// The embedder logged page modifications for L2 ([`crate::ept::Pml`]): the PML index from now on.
+    #[inline]
+    pub fn set_pml_index(&mut self, index: u16) {
+        self.vmcs12.set(Field::PmlIndex, index.into());
+    }
+
     /// The nested context that this VP's L2 tag stands for.
     #[inline]
     pub const fn context(&self) -> &Context {

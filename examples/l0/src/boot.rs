@@ -3,7 +3,6 @@
 use core::cell::UnsafeCell;
 
 use arrayvec::ArrayVec;
-use hvcore::partition::NestedCapabilities;
 use hw::apic::LocalApic;
 use hw::{cpu, msr, svm};
 use rt::{BootInfo, ExitCode};
@@ -139,7 +138,7 @@ fn shared(boot: &BootInfo, hole: Range) -> Shared {
     let (vendor, format, svm_leaf) = vendor(address_bits, enlighten);
     let (hyperv_vendor, enlightenments) = match vendor {
         Vendor::Svm(_) => (hvcore::partition::Vendor::Amd, SvmHost::ENLIGHTENMENTS),
-        Vendor::Vmx(_) => (hvcore::partition::Vendor::Intel, NestedCapabilities::NONE),
+        Vendor::Vmx(_) => (hvcore::partition::Vendor::Intel, VmxHost::ENLIGHTENMENTS),
     };
     let Ok(npt) = Npt01::new(&NPT_PAGES, phys_of(NPT_PAGES.as_ptr()), format, hole, (low_end, high_end), address_bits)
     else {
@@ -176,7 +175,7 @@ fn vendor(address_bits: u32, enlighten: bool) -> (Vendor, Format, [u32; 4]) {
         let leaf = svm.config.cpuid_8000_000a();
         return (Vendor::Svm(svm), Format::NPT, leaf);
     }
-    match VmxHost::new() {
+    match VmxHost::new(address_bits, enlighten) {
         Some(vmx) => (Vendor::Vmx(vmx), Format::EPT, [0; 4]),
         None => give_up(format_args!("this processor has neither SVM nor VMX")),
     }

@@ -26,6 +26,8 @@ pub enum Failure {
     Vmcb01Refused,
     /// VMLAUNCH or VMRESUME refused VMCS01: L0 built an illegal state.
     Vmcs01Refused,
+    /// VMLAUNCH or VMRESUME refused VMCS02, for no fault of L1's.
+    Vmcs02Refused,
     /// The processor has too few ASIDs.
     TooFewAsids,
     /// The library refused to restore what it had saved.

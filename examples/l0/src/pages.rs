@@ -78,6 +78,11 @@ pub const SHADOW_PAGES: usize = 128;
 
 /// Shadow tables for one VP, empty.
 pub fn shadow_tables() -> Result<NptShadow<'static>, Failure> {
+    NptShadow::new(shadow_pool()?, 4).map_err(|_| Failure::OutOfPages)
+}
+
+/// The pages of one VP's shadow tables.
+pub fn shadow_pool() -> Result<PagePool<'static>, Failure> {
     // SAFETY: zero is a valid shadow page: 512 entries that are not present.
     let pages = unsafe { rt::frames::allocate_slice::<ShadowPage>(SHADOW_PAGES, 4096) }.ok_or(Failure::OutOfPages)?;
     let records = rt::frames::allocate((SHADOW_PAGES * size_of::<PageRecord>()) as u64, 4096);
@@ -89,6 +94,5 @@ pub fn shadow_tables() -> Result<NptShadow<'static>, Failure> {
     // SAFETY: initialised above, exclusive, never freed.
     let records = unsafe { core::slice::from_raw_parts_mut(records, SHADOW_PAGES) };
     let base = phys_of(pages.as_ptr());
-    let pool = PagePool::new(pages, records, |i| Hpa::new(base + 4096 * i as u64)).map_err(|_| Failure::OutOfPages)?;
-    NptShadow::new(pool, 4).map_err(|_| Failure::OutOfPages)
+    PagePool::new(pages, records, |i| Hpa::new(base + 4096 * i as u64)).map_err(|_| Failure::OutOfPages)
 }

@@ -1,50 +1,35 @@
-//! What L0 does at an exit of L1. Called by the run loop right after the exit.
+//! The exits of either level that are L0's own. Called by [`crate::vmx::nested`] when the library leaves one to L0.
 
 use hvcore::addr::Level;
 use hvcore::hypercall::{CallerMode, Outcome};
 use hvcore::memory::L1Caller;
 use hw::{cpu, msr, port, vmx};
-use nvmx::exit_reason as reason;
 use nvmx::field::Field;
-use nvmx::{Gprs as _, Vmcs};
+use nvmx::{Fault, Gprs as _, Vmcs, exit_reason as reason};
 
 use crate::fatal::Failure;
 use crate::hyperv::Call;
 use crate::npt01::Kind as Page;
-use crate::vmx::host::VMX_LAST;
 use crate::vmx::vcr;
 use crate::vmx::vp::Vp;
 use crate::{counters, cpuid, debug, lapic, mmio, ports};
 
-/// A fault to raise: vector and error code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fault {
-    vector: u8,
-    error: Option<u32>,
-}
-
-/// #UD.
-pub const UD: Fault = Fault { vector: 6, error: None };
-/// #GP(0).
-pub const GP: Fault = Fault { vector: 13, error: Some(0) };
-
 const INFO_VALID: u64 = 1 << 31;
-const INFO_ERROR_CODE: u64 = 1 << 11;
-const TYPE_EXCEPTION: u64 = 3 << 8;
 /// Bits 10:8.
 const TYPE: u64 = 7 << 8;
 const TYPE_NMI: u64 = 2 << 8;
-const BLOCKING_BY_NMI: u64 = 1 << 3;
 
-/// Carries out the exit with basic reason `exit` that VMCS01 tells.
-pub fn l1(vp: &mut Vp, exit: u32) -> Result<(), Failure> {
+/// Exits of either level that are L0's own, with exit reason `exit`. The VMCS of the level that runs tells them.
+pub fn shared(vp: &mut Vp, exit: u32) -> Result<(), Failure> {
     match exit {
         reason::CPUID => cpuid_exit(vp),
         reason::RDMSR | reason::WRMSR => msr_exit(vp, exit == reason::WRMSR),
         reason::EXCEPTION_OR_NMI => return nmi_exit(vp),
-        // L1 can take the NMI that waits: the run loop delivers it.
-        reason::NMI_WINDOW => vp.set_nmi_window(false),
-        reason::EPT_VIOLATION => return ept_violation(vp),
+        reason::EPT_VIOLATION => {
+            let v = vp.vmcs();
+            let (gpa, how) = (v.read(Field::GuestPhysicalAddress), v.read(Field::ExitQualification));
+            return ept_violation(vp, gpa, how);
+        }
         reason::CR_ACCESS => return cr_access(vp),
         reason::XSETBV => xsetbv(vp),
         reason::IO => io_exit(vp),
@@ -56,10 +41,9 @@ pub fn l1(vp: &mut Vp, exit: u32) -> Result<(), Failure> {
         }
         reason::TRIPLE_FAULT => return reset_machine(vp),
         // INIT lines of other processors never get through; one from outside reaches L1 all the same.
-        reason::INIT => vp.reset(),
-        reason::VMCLEAR..=reason::VMXON | reason::INVEPT | reason::INVVPID | reason::VMFUNC | reason::GETSEC => {
-            raise(vp, UD);
-        }
+        reason::INIT => vp.nested.pend_init(),
+        reason::GETSEC => raise(vp, Fault::UD),
+        _ if exit & reason::ENTRY_FAILURE != 0 => return Err(Failure::Vmcs01Refused),
         _ => return Err(Failure::UnexpectedExit),
     }
     Ok(())
@@ -67,27 +51,22 @@ pub fn l1(vp: &mut Vp, exit: u32) -> Result<(), Failure> {
 
 /// Raises an exception in the level that runs.
 pub fn raise(vp: &mut Vp, fault: Fault) {
-    let v = vp.vmcs();
-    let mut info = INFO_VALID | TYPE_EXCEPTION | u64::from(fault.vector);
-    if let Some(code) = fault.error {
-        // Real mode knows no error codes.
-        if v.read(Field::GuestCr0) & 1 != 0 {
-            info |= INFO_ERROR_CODE;
-            v.write(Field::EntryExceptionErrorCode, code.into());
+    match vp.nested.level() {
+        Level::L1 => nvmx::step::inject_fault(vp.m.vmcs01, vp.m.gprs, fault),
+        // If L1 wants it, the next turn runs L1.
+        Level::L2 => {
+            let _ = vp.nested.raise_in_l2(&mut vp.m, fault);
         }
     }
-    v.write(Field::EntryInterruptionInfo, info);
 }
 
 fn cpuid_exit(vp: &mut Vp) {
     let g = vp.m.gprs.0.gprs;
     let shared = vp.shared;
-    let cr4 = vcr::cr4(vp.vmcs());
-    let mut r = cpuid::answer(g.rax as u32, g.rcx as u32, cr4, shared);
-    if g.rax as u32 == 1 {
-        // VMX is not offered.
-        r.ecx &= !(1 << 5);
-    }
+    let leaf = g.rax as u32;
+    // Two leaves show bits of CR4.
+    let cr4 = if matches!(leaf, 1 | 7) { vcr::cr4(vp.vmcs()) } else { 0 };
+    let r = cpuid::answer(leaf, g.rcx as u32, cr4, shared);
     let g = &mut vp.m.gprs.0.gprs;
     g.rax = r.eax.into();
     g.rbx = r.ebx.into();
@@ -109,15 +88,12 @@ fn msr_exit(vp: &mut Vp, write: bool) {
         }
         value.is_some()
     };
-    if done { vp.step_over() } else { raise(vp, GP) }
+    if done { vp.step_over() } else { raise(vp, Fault::GP) }
 }
 
 fn read_msr(vp: &mut Vp, number: u32) -> Option<u64> {
     match number {
         msr::APIC_BASE => Some(vp.apic_base),
-        // Locked, without VMX.
-        msr::FEATURE_CONTROL => Some(1),
-        msr::VMX_BASIC..=VMX_LAST => None,
         0x4000_0000..=0x4fff_ffff => vp.hyperv.read_msr(vp.shared, number),
         _ => None,
     }
@@ -133,7 +109,11 @@ fn write_msr(vp: &mut Vp, number: u32, value: u64) -> bool {
             });
             true
         }
-        0x4000_0000..=0x4fff_ffff => vp.hyperv.write_msr(vp.shared, vp.id, vp.counters, number, value),
+        0x4000_0000..=0x4fff_ffff => {
+            let done = vp.hyperv.write_msr(vp.shared, vp.id, vp.counters, number, value);
+            vp.m.assist_page = vp.hyperv.msrs.vp_assist_gpa();
+            done
+        }
         _ => false,
     }
 }
@@ -149,53 +129,21 @@ fn nmi_exit(vp: &mut Vp) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A violation of L0's own tables.
-fn ept_violation(vp: &mut Vp) -> Result<(), Failure> {
+/// A violation of L0's own tables at `gpa`, an L1 GPA. An event whose delivery it interrupted is the library's to deliver
+/// again.
+pub fn ept_violation(vp: &mut Vp, gpa: u64, how: u64) -> Result<(), Failure> {
     const WRITE: u64 = 1 << 1;
     const READABLE: u64 = 1 << 3;
-    const IRET_UNBLOCKED_NMI: u64 = 1 << 12;
-    let v = vp.vmcs();
-    let (gpa, how) = (v.read(Field::GuestPhysicalAddress), v.read(Field::ExitQualification));
-    let vectoring = v.read(Field::IdtVectoringInfo);
-    let interrupted = vectoring & INFO_VALID != 0;
-    if interrupted {
-        redeliver(vp, vectoring);
-    } else if how & IRET_UNBLOCKED_NMI != 0 {
-        // The IRET that failed runs again: until then the NMI is blocked as before.
-        let blocking = v.read(Field::GuestInterruptibility);
-        v.write(Field::GuestInterruptibility, blocking | BLOCKING_BY_NMI);
-    }
     if how & READABLE == 0 && gpa >= crate::memory::FOUR_GIB {
         // `false`: another processor mapped it meanwhile.
         return vp.shared.npt01.lock().map_gib(gpa).map(|_| ()).map_err(|_| Failure::OutOfPages);
     }
     let kind = vp.shared.kind(gpa);
-    if how & WRITE == 0 || kind == Page::Plain || interrupted {
+    if how & WRITE == 0 || kind == Page::Plain {
         return Err(Failure::UnexpectedFault);
     }
     mmio::write(vp, gpa, kind);
     Ok(())
-}
-
-/// An event's delivery was interrupted by the exit: it is delivered again.
-fn redeliver(vp: &mut Vp, vectoring: u64) {
-    const TYPE_SOFTWARE: [u64; 3] = [4 << 8, 5 << 8, 6 << 8];
-    let v = vp.vmcs();
-    if vectoring & INFO_ERROR_CODE != 0 {
-        let code = v.read(Field::IdtVectoringErrorCode);
-        v.write(Field::EntryExceptionErrorCode, code);
-    }
-    if TYPE_SOFTWARE.contains(&(vectoring & TYPE)) {
-        let length = v.read(Field::ExitInstructionLength);
-        v.write(Field::EntryInstructionLength, length);
-    }
-    if vectoring & TYPE == TYPE_NMI {
-        // It blocks again when it is delivered again.
-        let blocking = v.read(Field::GuestInterruptibility);
-        v.write(Field::GuestInterruptibility, blocking & !BLOCKING_BY_NMI);
-    }
-    // Bit 12 is undefined in the vectoring information, and reserved on entry.
-    v.write(Field::EntryInterruptionInfo, vectoring & !(1 << 12));
 }
 
 /// L1 wrote CR0 or CR4 with a bit that L0 keeps.
@@ -217,27 +165,27 @@ fn cr_access(vp: &mut Vp) -> Result<(), Failure> {
         _ => return Err(Failure::UnexpectedExit),
     };
     let done = match number {
-        0 => vcr::write_cr0(vp, value),
-        4 => vcr::write_cr4(vp, value, false),
+        0 => vp.nested.allows_cr0(value) && vcr::write_cr0(vp, value),
+        4 => vp.nested.allows_cr4(value) && vcr::write_cr4(vp, value, true),
         _ => return Err(Failure::UnexpectedExit),
     };
     if done {
         vp.step_over()
     } else {
-        raise(vp, GP)
+        raise(vp, Fault::GP)
     }
     Ok(())
 }
 
 fn xsetbv(vp: &mut Vp) {
     let g = vp.m.gprs.0.gprs;
-    if vcr::xsetbv(g.rcx as u32, g.rdx << 32 | g.rax & 0xffff_ffff) { vp.step_over() } else { raise(vp, GP) }
+    if vcr::xsetbv(g.rcx as u32, g.rdx << 32 | g.rax & 0xffff_ffff) { vp.step_over() } else { raise(vp, Fault::GP) }
 }
 
 /// VMCALL of L1.
 fn l1_call(vp: &mut Vp) {
     if !vp.shared.enlighten {
-        return raise(vp, UD);
+        return raise(vp, Fault::UD);
     }
     vp.counters.l1_calls.add(1);
     let call = Call { level: Level::L1, mode: mode(vp), vm_id: 0 };
@@ -246,7 +194,7 @@ fn l1_call(vp: &mut Vp) {
         Outcome::Complete(_) => vp.step_over(),
         // RIP stays: the call is issued again.
         Outcome::Retry | Outcome::Suspend => {}
-        Outcome::InjectUd => raise(vp, UD),
+        Outcome::InjectUd => raise(vp, Fault::UD),
     }
 }
 

@@ -1,8 +1,10 @@
 //! What all VPs share of VT-x: the controls of VMCS01, L1's bitmaps, and what the processor demands of CR0 and CR4.
 //! Built once, at boot.
 
+use hvcore::partition::{EvmcsVersions, NestedCapabilities};
 use hw::vmx_host::{Allowed, Capabilities};
-use hw::{msr, vmx};
+use hw::{cpu, msr, vmx};
+use nvmx::caps::{Config, Host};
 use nvmx::controls::{entry, exit, pin, primary, secondary};
 
 use crate::debug;
@@ -77,6 +79,22 @@ pub static IO_BITMAPS01: Bitmap<1024> = {
     map
 };
 
+/// MSRs outside the VMCS that L1's MSR areas may name: those of system calls and KernelGSBase, TSC_AUX. L0 uses none of
+/// them.
+pub const fn is_shared_msr(index: u32) -> bool {
+    matches!(index, 0xc000_0081..=0xc000_0084 | 0xc000_0102 | 0xc000_0103)
+}
+
+/// True when WRMSR of `value` to `index`, one that [`is_shared_msr`], does not fault.
+pub const fn msr_takes(index: u32, value: u64) -> bool {
+    match index {
+        // Addresses must be canonical: with 57 bits of them, those of 48 are.
+        0xc000_0082 | 0xc000_0083 | 0xc000_0102 => value as i64 == (value << 16) as i64 >> 16,
+        0xc000_0084 | 0xc000_0103 => value >> 32 == 0,
+        _ => true,
+    }
+}
+
 /// VT-x of this machine.
 #[derive(Debug)]
 pub struct VmxHost {
@@ -88,8 +106,8 @@ pub struct VmxHost {
     pub cr4_fixed: u64,
     /// CR4 bits that a guest may set.
     pub cr4_allowed: u64,
-    /// IA32_VMX_EPT_VPID_CAP.
-    pub ept_vpid: u64,
+    /// What L1 is offered.
+    pub config: Config,
     /// Physical address of [`MSR_BITMAP01`].
     pub msr_bitmap01: u64,
     /// Physical address of [`IO_BITMAPS01`].
@@ -102,8 +120,16 @@ const CR0_PE_PG: u64 = 1 | 1 << 31;
 const EPT_NEEDED: u64 = 1 << 6 | 1 << 14 | 1 << 16 | 1 << 20 | 1 << 25 | 1 << 32 | 1 << 41;
 
 impl VmxHost {
+    /// What L1 is offered for its guests.
+    pub const ENLIGHTENMENTS: NestedCapabilities = NestedCapabilities {
+        evmcs: Some(EvmcsVersions { low: 1, high: 1 }),
+        direct_flush: true,
+        msr_bitmap: true,
+        ..NestedCapabilities::NONE
+    };
+
     /// `None` without VMX; gives up when something of it is missing that L0 cannot do without.
-    pub fn new() -> Option<Self> {
+    pub fn new(address_bits: u32, enlighten: bool) -> Option<Self> {
         if !vmx::supported() {
             return None;
         }
@@ -127,7 +153,7 @@ impl VmxHost {
             cr0_fixed: cr0_fixed & !CR0_PE_PG,
             cr4_fixed,
             cr4_allowed,
-            ept_vpid,
+            config: offer(address_bits, enlighten),
             msr_bitmap01: phys_of(&raw const MSR_BITMAP01),
             io_bitmaps01: phys_of(&raw const IO_BITMAPS01),
         })
@@ -136,6 +162,20 @@ impl VmxHost {
     /// EPT pointer for tables with their root at `root`: write-back, four levels, no accessed and dirty bits.
     pub const fn eptp(&self, root: u64) -> u64 {
         root | 3 << 3 | 6
+    }
+}
+
+/// All that this processor and the library can offer to L1.
+fn offer(address_bits: u32, enlighten: bool) -> Config {
+    let linear_bits = cpu::cpuid(0x8000_0008, 0).eax >> 8 & 0xff;
+    // SAFETY: the library asks only for those that are there.
+    let mut host = Host::from_msrs(address_bits as u8, linear_bits as u8, |number| unsafe { msr::rdmsr(number) });
+    host.rtm = cpu::cpuid(7, 0).ebx & 1 << 11 != 0;
+    let counters = cpu::cpuid(0xa, 0);
+    host.perf_global_ctrl = Host::perf_global_ctrl_of(counters.eax, counters.edx);
+    match Config::all(host, enlighten, false) {
+        Ok(config) => config,
+        Err(error) => give_up(format_args!("VMX cannot be offered to L1: {error:?}")),
     }
 }
 

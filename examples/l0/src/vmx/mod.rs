@@ -6,7 +6,10 @@
 pub mod exits;
 pub mod guest;
 pub mod host;
+pub mod hyperv;
 pub mod kick;
+pub mod linear;
+pub mod nested;
 pub mod pages;
 pub mod registers;
 pub mod report;

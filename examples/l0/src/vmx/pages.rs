@@ -4,6 +4,7 @@ use core::mem::offset_of;
 
 use hvcore::addr::Hpa;
 
+use crate::fatal::Failure;
 use crate::relocate::phys_of;
 
 /// One VP's pages. Zero is a valid value.
@@ -15,6 +16,8 @@ pub struct Pages {
     pub vmcs01: [u32; 1024],
     /// Runs L2.
     pub vmcs02: [u32; 1024],
+    /// Written by nobody but the processor, read by nobody.
+    pub spare: [u32; 1024],
     /// MSR bitmap of L2.
     pub msr_bitmap02: [u64; 512],
     /// I/O bitmaps of L2.
@@ -22,15 +25,11 @@ pub struct Pages {
 }
 
 impl Pages {
-    /// All zero.
-    pub const fn new() -> Self {
-        Self { vmxon: [0; 1024], vmcs01: [0; 1024], vmcs02: [0; 1024], msr_bitmap02: [0; 512], io_bitmaps02: [0; 1024] }
-    }
-}
-
-impl Default for Pages {
-    fn default() -> Self {
-        Self::new()
+    /// Fresh ones, all zero: too large for the stack.
+    pub fn allocate() -> Result<&'static mut Self, Failure> {
+        // SAFETY: zero is a valid value: words.
+        let pages = unsafe { rt::frames::allocate_slice::<Self>(1, 4096) };
+        pages.and_then(<[Self]>::first_mut).ok_or(Failure::OutOfPages)
     }
 }
 
@@ -43,6 +42,8 @@ pub struct PagesPa {
     pub vmcs01: u64,
     /// Of `vmcs02`.
     pub vmcs02: u64,
+    /// Of `spare`.
+    pub spare: u64,
     /// Of `msr_bitmap02`.
     pub msr_bitmap02: Hpa,
     /// Of `io_bitmaps02`.
@@ -57,6 +58,7 @@ impl PagesPa {
             vmxon: base + offset_of!(Pages, vmxon) as u64,
             vmcs01: base + offset_of!(Pages, vmcs01) as u64,
             vmcs02: base + offset_of!(Pages, vmcs02) as u64,
+            spare: base + offset_of!(Pages, spare) as u64,
             msr_bitmap02: Hpa::new(base + offset_of!(Pages, msr_bitmap02) as u64),
             io_bitmaps02: Hpa::new(base + offset_of!(Pages, io_bitmaps02) as u64),
         }

@@ -2,15 +2,15 @@
 
 use hvcore::hypercall::{Gpr, Registers, Xmm};
 use hw::decode::Mode;
-use hw::{cpu, fpu, vmx};
-use nvmx::Vmcs;
+use hw::{cpu, fpu, msr, vmx};
 use nvmx::field::Field;
+use nvmx::{Fault, Vmcs};
 
 use crate::mmio::Storer;
 use crate::registers::xmm_number;
 use crate::shared::Shared;
-use crate::vmx::exits;
 use crate::vmx::vp::Vp;
+use crate::vmx::{exits, host};
 
 /// A guest's registers outside its VMCS.
 #[derive(Debug)]
@@ -74,6 +74,25 @@ impl nvmx::Gprs for Gprs {
     fn set_cr2(&mut self, value: u64) {
         // SAFETY: L0 takes no page faults: CR2 is its guest's.
         unsafe { cpu::write_cr2(value) };
+    }
+}
+
+impl nvmx::Msrs for Gprs {
+    fn read_msr(&mut self, index: u32) -> Option<u64> {
+        if !host::is_shared_msr(index) {
+            return None;
+        }
+        // SAFETY: every processor with VMX and 64-bit mode has these.
+        Some(unsafe { msr::rdmsr(index) })
+    }
+
+    fn write_msr(&mut self, index: u32, value: u64) -> bool {
+        let legal = host::is_shared_msr(index) && host::msr_takes(index, value);
+        if legal {
+            // SAFETY: the MSR is there and takes the value; L0 uses none of these.
+            unsafe { msr::wrmsr(index, value) };
+        }
+        legal
     }
 }
 
@@ -163,10 +182,10 @@ impl Storer for Vp {
     }
 
     fn raise_gp(&mut self) {
-        exits::raise(self, exits::GP);
+        exits::raise(self, Fault::GP);
     }
 
     fn raise_ud(&mut self) {
-        exits::raise(self, exits::UD);
+        exits::raise(self, Fault::UD);
     }
 }

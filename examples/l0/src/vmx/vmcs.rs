@@ -3,8 +3,8 @@
 use core::cell::Cell;
 
 use hw::vmx;
-use nvmx::Vmcs;
 use nvmx::field::Field;
+use nvmx::{Vmcs, exit_reason};
 
 use crate::counters::Counters;
 
@@ -73,20 +73,11 @@ impl HwVmcs {
         self.load();
         // SAFETY: the caller's promise.
         let entered = unsafe { vmx::enter(world, self.launched) };
-        if entered == vmx::Entered::Exited {
-            self.launched = true;
+        if entered == vmx::Entered::Exited && !self.launched {
+            // An entry that failed late leaves the launch state alone.
+            self.launched = self.read32(Field::ExitReason) & exit_reason::ENTRY_FAILURE == 0;
         }
         entered
-    }
-
-    /// An entry that came to an exit failed, so the launch state is what it was.
-    pub fn not_launched(&mut self, launched: bool) {
-        self.launched = launched;
-    }
-
-    /// The next entry is VMRESUME.
-    pub const fn is_launched(&self) -> bool {
-        self.launched
     }
 }
 

@@ -5,44 +5,34 @@
 use core::sync::atomic::AtomicU8;
 
 use hvcore::addr::Level;
-use hvcore::flush::{EntryFlush, GvaFlush, LocalFlush};
+use hvcore::flush::LocalFlush;
 use hw::vmx::{self, Entered, InvEpt, InvVpid};
 use hw::{apic, cpu, msr, vmx_host};
-use nvmx::Vmcs;
-use nvmx::controls::primary;
+use nvmx::ept::{EptFormat, EptShadow};
 use nvmx::exit_reason;
 use nvmx::field::Field;
+use nvmx::vpid::{self, Flush, VpidPool};
+use nvmx::{Entry, EntryPlan, Machine, MergedMap, NestedVmx, Vmcs, step};
 
 use crate::counters::{self, Counters};
 use crate::fatal::Failure;
 use crate::fetch::{MAX_LENGTH, Paging};
 use crate::hyperv::VpHyperV;
 use crate::lapic;
-use crate::pages::keep;
+use crate::memory::L1Memory;
+use crate::mutant::Mutant;
+use crate::pages::{keep, shadow_pool};
 use crate::shared::Shared;
 use crate::trace;
-use crate::vmx::host::VmxHost;
+use crate::vmx::host::{IO_BITMAPS01, MSR_BITMAP01, VmxHost};
+use crate::vmx::linear::L1Linear;
 use crate::vmx::pages::{Pages, PagesPa};
 use crate::vmx::registers::Gprs;
 use crate::vmx::vmcs::{Current, HwVmcs};
-use crate::vmx::{exits, guest, kick, vcr};
-use hvcore::addr::L1Gpa;
-use hvcore::memory::{GuestMemory, MemoryError};
+use crate::vmx::{exits, guest, kick, nested, vcr};
 
 /// CR4.OSXSAVE: L0 executes XSETBV for L1.
 const OSXSAVE: u64 = 1 << 18;
-/// The VPID of L1.
-const VPID01: u16 = 1;
-
-/// What the library works on.
-#[derive(Debug)]
-pub struct Machine {
-    /// L1's VMCS.
-    pub vmcs01: &'static mut HwVmcs,
-    /// L1's registers.
-    pub gprs: &'static mut Gprs,
-}
-
 /// A virtual processor of L1.
 pub struct Vp {
     /// Which processor.
@@ -51,8 +41,12 @@ pub struct Vp {
     pub shared: &'static Shared,
     /// What the machine has of VT-x.
     pub host: &'static VmxHost,
-    /// VMCSs and registers.
-    pub m: Machine,
+    /// What the library works on: VMCSs, registers, bitmaps, VPIDs, memory.
+    pub m: Machine<'static, HwVmcs, Gprs, L1Memory, L1Linear>,
+    /// The nested state.
+    pub nested: NestedVmx,
+    /// The shadow of L1's EPT.
+    pub shadow: EptShadow<'static>,
     /// APIC_BASE as L1 sees it.
     pub apic_base: u64,
     /// Waits for a SIPI.
@@ -65,12 +59,20 @@ pub struct Vp {
     pub counters: &'static Counters,
     /// An NMI arrived: the entry must not happen before that has been looked at.
     kicked: &'static AtomicU8,
-    /// An NMI for L1 waits.
-    pub nmi: bool,
-    /// L1's linear translations are to be flushed before the next entry.
-    flush_linear: bool,
+    /// An INIT for L1 is on its way through the library.
+    init_held: bool,
+    /// The vector of a SIPI that came behind it.
+    held_sipi: Option<u8>,
     /// All that was cached of L0's tables is to be flushed before the next entry.
     flush_physical: bool,
+    /// The EPT pointer of VMCS02.
+    pub eptp02: u64,
+    /// The virtual-APIC address of VMCS02.
+    pub virtual_apic: u64,
+    /// The APIC-access address of VMCS02.
+    pub apic_access: u64,
+    /// Physical address of a page that nobody reads.
+    pub spare: u64,
     /// When the guest left last, where instructions are counted.
     left_at: u64,
 }
@@ -82,7 +84,7 @@ impl Vp {
     /// Called on processor `id`, once. Its descriptor tables, TSS and NMI handler are L0's.
     pub unsafe fn new(id: usize, shared: &'static Shared, host: &'static VmxHost) -> Result<Self, Failure> {
         let counters = counters::of(id);
-        let pages = keep(Pages::new())?;
+        let pages = Pages::allocate()?;
         let pa = PagesPa::of(pages);
         if cpu::cpuid(1, 0).ecx & 1 << 26 != 0 {
             // SAFETY: the processor has XSAVE.
@@ -94,34 +96,61 @@ impl Vp {
         // SAFETY: VMX operation; the pages are this VP's alone.
         let vmcs01 = unsafe { HwVmcs::new(&mut pages.vmcs01, pa.vmcs01, current) };
         let vmcs01 = keep(vmcs01.map_err(|_| Failure::VmxDisabled)?)?;
+        // SAFETY: as above.
+        let vmcs02 = unsafe { HwVmcs::new(&mut pages.vmcs02, pa.vmcs02, current) };
+        let vmcs02 = keep(vmcs02.map_err(|_| Failure::VmxDisabled)?)?;
         let kicked = kick::flag(id);
         let gprs = keep(Gprs(vmx::World::new(kicked)))?;
         // SAFETY: every processor with VMX has APIC_BASE.
         let apic_base = unsafe { msr::rdmsr(msr::APIC_BASE) };
         let hyperv = shared.hyperv.vp(id).ok_or(Failure::TooManyCpus)?;
         let flush = shared.hyperv.domain.local(id as u16).ok_or(Failure::TooManyCpus)?;
+        let mut m = Machine {
+            vmcs01,
+            vmcs02,
+            gprs,
+            msr_bitmap02: MergedMap { words: &mut pages.msr_bitmap02, base: pa.msr_bitmap02 },
+            io_bitmaps02: MergedMap { words: &mut pages.io_bitmaps02, base: pa.io_bitmaps02 },
+            msr_bitmap01: &MSR_BITMAP01.0,
+            io_bitmaps01: &IO_BITMAPS01.0,
+            vpids: keep(VpidPool::new(id as u32, u16::MAX, vpid::Support::SingleContext))?,
+            assist_page: None,
+            memory: &shared.memory,
+            linear: keep(L1Linear::new(&shared.memory, shared.address_bits))?,
+        };
+        let nested = NestedVmx::new(host.config, &mut m.msr_bitmap02, &mut m.io_bitmaps02);
+        let shadow = EptShadow::new(shadow_pool()?, 4, EptFormat::of(&host.config)).map_err(|_| Failure::OutOfPages)?;
         let mut vp = Self {
             id,
             shared,
             host,
-            m: Machine { vmcs01, gprs },
+            m,
+            nested,
+            shadow,
             apic_base,
             waiting: apic_base & apic::BASE_BSP == 0,
             flush,
             hyperv,
             counters,
             kicked,
-            nmi: false,
-            flush_linear: true,
+            init_held: false,
+            held_sipi: None,
             flush_physical: true,
+            eptp02: 0,
+            virtual_apic: 0,
+            apic_access: 0,
+            spare: pa.spare,
             left_at: cpu::rdtsc(),
         };
-        vp.set_controls();
-        // SAFETY: VMCS01 is current; the processor runs L0 with its own tables; the registers never move.
-        unsafe {
-            vmx_host::write_host_state();
-            vp.m.gprs.0.bind();
+        for vmcs in [&*vp.m.vmcs02, &*vp.m.vmcs01] {
+            vmcs.load();
+            // SAFETY: the VMCS is current; the processor runs L0 with its own tables; the registers never move.
+            unsafe {
+                vmx_host::write_host_state();
+                vp.m.gprs.0.bind();
+            }
         }
+        vp.set_controls();
         shared.ipis.add(id, shared.apic.id());
         vp.init();
         Ok(vp)
@@ -148,7 +177,6 @@ impl Vp {
             (Field::MsrBitmap, host.msr_bitmap01),
             (Field::XssExitingBitmap, 0),
             (Field::EptPointer, host.eptp(self.shared.root01)),
-            (Field::VirtualProcessorId, VPID01.into()),
             (Field::VmcsLinkPointer, u64::MAX),
             (Field::Cr0Mask, host.cr0_fixed),
             (Field::Cr4Mask, host.cr4_fixed | vcr::VMXE),
@@ -164,7 +192,6 @@ impl Vp {
         v.write(Field::EntryControls, self.host.controls.entry.into());
         guest::init(v, self.host);
         self.m.gprs.0.gprs = vmx::Gprs { rdx: u64::from(cpu::cpuid(1, 0).eax), ..Default::default() };
-        self.nmi = false;
         self.flush_l1();
         // SAFETY: L0 uses neither page faults nor breakpoints.
         unsafe {
@@ -206,47 +233,78 @@ impl Vp {
         if self.waiting || self.shared.ipis.has_events(self.id) {
             self.events();
         }
-        if self.nmi {
-            self.deliver_nmi();
+        let level = self.nested.route_events(&mut self.m);
+        if let Some(due) = self.flush.enter(level) {
+            let mutant = self.shared.mutant == Some(Mutant::DrainSkipped);
+            let flushed = !mutant && nested::apply(&mut self.nested, &mut self.shadow, level, &due, self.counters);
+            self.flush_physical |= flushed;
         }
-        if let Some(due) = self.flush.enter(Level::L1) {
-            apply(&mut self.flush_linear, &mut self.flush_physical, &due, self.counters);
-        }
-        self.flush_now();
-        let launched = self.m.vmcs01.is_launched();
-        match self.enter() {
+        let plan = match self.nested.prepare_entry(&mut self.m) {
+            Entry::Run(plan) => plan,
+            Entry::Wait => {
+                self.flush.entry_failed();
+                // SAFETY: interrupts are off; L0's NMI handler sets the flag and calls `redirect`.
+                unsafe { vmx::wait_for_nmi(self.kicked) };
+                return Ok(());
+            }
+            Entry::Init => {
+                self.flush.entry_failed();
+                self.reset();
+                return Ok(());
+            }
+            Entry::Shutdown => return exits::reset_machine(self),
+        };
+        self.flush_now(&plan);
+        match self.enter(plan.level) {
+            Entered::Exited => {}
             Entered::Kicked => {
                 self.flush.entry_failed();
-                Ok(())
+                return Ok(());
             }
             Entered::Failed(_) => {
                 self.flush.entry_failed();
-                Err(Failure::Vmcs01Refused)
+                return self.refused(plan.level);
             }
-            Entered::Exited => {
-                let reason = self.m.vmcs01.read32(Field::ExitReason);
-                if reason & exit_reason::ENTRY_FAILURE != 0 {
-                    self.m.vmcs01.not_launched(launched);
-                    self.flush.entry_failed();
-                    return Err(Failure::Vmcs01Refused);
-                }
-                self.flush.exit();
+        }
+        // What was to be flushed before the entry has been flushed, even where the entry failed late.
+        self.flush.exit();
+        match plan.level {
+            Level::L1 => {
                 self.counters.l1_exits.add(1);
-                exits::l1(self, reason & exit_reason::BASIC)
+                nested::l1(self)
+            }
+            Level::L2 => {
+                self.counters.l2_exits.add(1);
+                nested::l2(self)
             }
         }
     }
 
-    /// VM entry, and exit.
-    fn enter(&mut self) -> Entered {
-        if self.shared.observed {
-            self.observe_entry(Level::L1);
+    /// VMLAUNCH or VMRESUME failed.
+    #[cold]
+    fn refused(&mut self, level: Level) -> Result<(), Failure> {
+        let error = self.vmcs().read32(Field::InstructionError);
+        match level {
+            Level::L1 => Err(Failure::Vmcs01Refused),
+            Level::L2 if self.nested.entry_failed(&mut self.m, error) => Ok(()),
+            Level::L2 => Err(Failure::Vmcs02Refused),
         }
-        // SAFETY: VMX operation since `new`; interrupts are off since boot; the VMCS was bound to these registers; the
-        // guest is confined by EPT to memory that is not L0's.
-        let entered = unsafe { self.m.vmcs01.enter(&mut self.m.gprs.0) };
+    }
+
+    /// VM entry, and exit.
+    fn enter(&mut self, level: Level) -> Entered {
         if self.shared.observed {
-            self.observe_exit(Level::L1, &entered);
+            self.observe_entry(level);
+        }
+        let vmcs = match level {
+            Level::L1 => &mut *self.m.vmcs01,
+            Level::L2 => &mut *self.m.vmcs02,
+        };
+        // SAFETY: VMX operation since `new`; interrupts are off since boot; both VMCSs were bound to these registers; the
+        // guest is confined by EPT to memory that is not L0's.
+        let entered = unsafe { vmcs.enter(&mut self.m.gprs.0) };
+        if self.shared.observed {
+            self.observe_exit(level, &entered);
         }
         entered
     }
@@ -270,7 +328,7 @@ impl Vp {
         }
         if self.shared.trace {
             let reason = match entered {
-                Entered::Exited => self.m.vmcs01.read32(Field::ExitReason),
+                Entered::Exited => self.vmcs().read32(Field::ExitReason),
                 _ => u32::MAX,
             };
             let call = if reason == exit_reason::VMCALL { self.m.gprs.0.gprs.rcx as u16 } else { 0 };
@@ -280,40 +338,49 @@ impl Vp {
 
     /// L1's translations are gone before it runs again.
     pub fn flush_l1(&mut self) {
-        self.flush_linear = true;
+        self.nested.retire_tag(Level::L1);
     }
 
-    /// Carries out the flushes that were asked for. What is flushed stays asked for in the flush engine until the entry
-    /// has happened.
-    fn flush_now(&mut self) {
-        if !self.flush_linear && !self.flush_physical {
-            return;
+    /// Carries out the flushes that this entry needs. What is flushed stays asked for in the library until the entry has
+    /// happened.
+    #[inline]
+    fn flush_now(&mut self, plan: &EntryPlan) {
+        let stale = plan.level == Level::L2 && self.shadow.tag_stale();
+        if plan.flush != Flush::None || stale || self.flush_physical {
+            self.flush_some(plan, stale);
         }
-        // SAFETY: VMX operation; dropping translations is harmless. Both types are there (checked at boot).
+    }
+
+    #[cold]
+    fn flush_some(&mut self, plan: &EntryPlan, stale: bool) {
+        // SAFETY: VMX operation; dropping translations is harmless. These types are there (checked at boot).
         let flushed = unsafe {
-            let linear = vmx::invvpid(InvVpid::Single(VPID01));
-            let physical = if self.flush_physical {
-                vmx::invept(InvEpt::Single(self.host.eptp(self.shared.root01)))
-            } else {
-                Ok(())
+            let linear = match plan.flush {
+                Flush::None => Ok(()),
+                Flush::Single => vmx::invvpid(InvVpid::Single(plan.vpid)),
+                Flush::All => vmx::invvpid(InvVpid::All),
+            };
+            let physical = match (self.flush_physical, stale) {
+                (true, _) => vmx::invept(InvEpt::All),
+                (false, true) => vmx::invept(InvEpt::Single(self.eptp02)),
+                (false, false) => Ok(()),
             };
             linear.and(physical)
         };
         debug_assert!(flushed.is_ok());
-        (self.flush_linear, self.flush_physical) = (false, false);
+        if stale {
+            self.shadow.tag_retired();
+        }
+        self.flush_physical = false;
     }
 
     /// Takes what other processors sent; waits while L1's processor waits for SIPI.
     fn events(&mut self) {
         loop {
             let events = self.shared.ipis.take(self.id);
-            if events.init {
-                self.reset();
-            }
             if self.waiting {
                 if let Some(vector) = events.sipi {
-                    self.waiting = false;
-                    guest::start_up(&mut *self.m.vmcs01, vector);
+                    self.start_up(vector);
                     return;
                 }
                 // SAFETY: interrupts are off; L0's NMI handler sets the flag and calls `redirect`.
@@ -321,123 +388,84 @@ impl Vp {
                 kick::rearm(self.kicked);
                 continue;
             }
-            self.nmi |= events.nmi;
+            if events.init {
+                self.nested.pend_init();
+                self.init_held = true;
+            }
+            if self.init_held {
+                // For the time after the INIT, which may be held by VMX root operation.
+                self.held_sipi = self.held_sipi.or(events.sipi);
+            } else if let Some(vector) = events.sipi {
+                self.nested.pend_sipi(vector);
+            }
+            if events.nmi {
+                self.nested.pend_nmi();
+            }
             return;
         }
     }
 
-    /// Injects the NMI that waits, or asks for an exit when L1 can take it.
-    fn deliver_nmi(&mut self) {
-        const VALID: u64 = 1 << 31;
-        const NMI: u64 = VALID | 2 << 8 | 2;
-        // Blocking by STI, by MOV SS, by NMI.
-        const BLOCKING: u64 = 1 | 1 << 1 | 1 << 3;
-        let v = &mut *self.m.vmcs01;
-        let free = v.read(Field::EntryInterruptionInfo) & VALID == 0;
-        if free && v.read(Field::GuestInterruptibility) & BLOCKING == 0 {
-            v.write(Field::EntryInterruptionInfo, NMI);
-            self.nmi = false;
-        }
-        self.set_nmi_window(self.nmi);
-    }
-
-    /// Whether L1 exits when it can take an NMI.
-    pub fn set_nmi_window(&mut self, on: bool) {
-        let v = &mut *self.m.vmcs01;
-        let window = u64::from(primary::NMI_WINDOW_EXITING);
-        let controls = v.read(Field::PrimaryControls);
-        v.write(Field::PrimaryControls, if on { controls | window } else { controls & !window });
+    /// A SIPI for L1.
+    fn start_up(&mut self, vector: u8) {
+        self.waiting = false;
+        guest::start_up(&mut *self.m.vmcs01, vector);
     }
 
     /// INIT reached L1.
     pub fn reset(&mut self) {
+        self.nested.reset();
         self.init();
-        self.set_nmi_window(false);
         self.flush.forget_context();
         self.hyperv.msrs.reset();
+        self.m.assist_page = None;
         lapic::reset(self.shared, self.id);
         self.waiting = self.apic_base & apic::BASE_BSP == 0;
+        self.init_held = false;
+        if let Some(vector) = self.held_sipi.take()
+            && self.waiting
+        {
+            self.start_up(vector);
+        }
     }
 
     /// The VMCS of the level that runs, or has just run.
     #[inline]
     pub fn vmcs(&mut self) -> &mut HwVmcs {
-        self.m.vmcs01
+        match self.nested.level() {
+            Level::L1 => self.m.vmcs01,
+            Level::L2 => self.m.vmcs02,
+        }
     }
 
     /// Instruction bytes of the level that has just run, and how many there are.
     pub fn instruction(&mut self) -> ([u8; MAX_LENGTH], usize) {
-        let v = &*self.m.vmcs01;
+        let level = self.nested.level();
+        let v = self.vmcs();
         let paging = Paging {
             cr0: v.read(Field::GuestCr0),
             cr3: v.read(Field::GuestCr3),
             cr4: v.read(Field::GuestCr4),
             efer: v.read(Field::GuestEfer),
         };
-        let long = paging.efer & 1 << 10 != 0 && v.read(Field::GuestCsAccessRights) & 1 << 13 != 0;
         let rip = v.read(Field::GuestRip);
+        let long = step::in_64bit_code(v);
         let linear = if long { rip } else { v.read(Field::GuestCsBase).wrapping_add(rip) & 0xffff_ffff };
-        fetch(self.shared, &paging, linear)
+        nested::fetch(self, level, &paging, linear)
     }
 
-    /// Moves the guest past an instruction of `length` bytes that L0 carried out.
+    /// Moves the guest past an instruction of `length` bytes that L0 carried out: a store that the exit does not measure.
     pub fn advance(&mut self, length: u64) {
-        const STI_OR_MOV_SS: u64 = 3;
-        const TF: u64 = 1 << 8;
-        const SINGLE_STEP: u64 = 1 << 14;
+        let told = self.vmcs().read(Field::ExitInstructionLength);
         let v = self.vmcs();
-        let rip = v.read(Field::GuestRip).wrapping_add(length);
-        let long = v.read(Field::GuestCsAccessRights) & 1 << 13 != 0 && v.read(Field::GuestEfer) & 1 << 10 != 0;
-        v.write(Field::GuestRip, if long { rip } else { rip & 0xffff_ffff });
-        let blocking = v.read(Field::GuestInterruptibility);
-        if blocking & STI_OR_MOV_SS != 0 {
-            v.write(Field::GuestInterruptibility, blocking & !STI_OR_MOV_SS);
-        }
-        if v.read(Field::GuestRflags) & TF != 0 {
-            let pending = v.read(Field::GuestPendingDebugExceptions);
-            v.write(Field::GuestPendingDebugExceptions, pending | SINGLE_STEP);
-        }
+        let rip = v.read(Field::GuestRip);
+        // `complete_instruction` adds what the exit told.
+        v.write(Field::GuestRip, rip.wrapping_add(length).wrapping_sub(told));
+        step::complete_instruction(v);
     }
 
     /// Moves the guest past the instruction that exited.
+    #[inline]
     pub fn step_over(&mut self) {
-        let length = self.vmcs().read(Field::ExitInstructionLength);
-        self.advance(length);
-    }
-}
-
-/// Up to 15 bytes at linear address `la`, and how many could be read.
-fn fetch(shared: &Shared, paging: &Paging, la: u64) -> ([u8; MAX_LENGTH], usize) {
-    let memory = &shared.memory;
-    let entry = |gpa, size| match size {
-        8 => memory.read_u64(L1Gpa::new(gpa)),
-        _ => memory.read_u32(L1Gpa::new(gpa)).map(u64::from),
-    };
-    let mut bytes = [0; MAX_LENGTH];
-    let (first, rest) = bytes.split_at_mut(((0x1000 - (la & 0xfff)) as usize).min(MAX_LENGTH));
-    let read =
-        |la, to: &mut [u8]| -> Result<(), MemoryError> { memory.read(L1Gpa::new(paging.translate(la, entry)?), to) };
-    let count = match (read(la, first), rest.is_empty()) {
-        (Err(_), _) => 0,
-        (Ok(()), true) => MAX_LENGTH,
-        (Ok(()), false) if read(la.wrapping_add(first.len() as u64), rest).is_ok() => MAX_LENGTH,
-        _ => first.len(),
-    };
-    (bytes, count)
-}
-
-/// Notes what is to be flushed before L1 runs.
-fn apply(linear: &mut bool, physical: &mut bool, due: &EntryFlush<'_, 16>, counters: &Counters) {
-    match due.gva {
-        GvaFlush::None => {}
-        GvaFlush::Ranges(_) => {
-            counters.entry_ranges.add(1);
-            *linear = true;
-        }
-        // A change of L0's own tables asks for this, too.
-        GvaFlush::EverythingNonGlobal | GvaFlush::Everything => {
-            counters.entry_everything.add(1);
-            (*linear, *physical) = (true, true);
-        }
+        step::complete_instruction(self.vmcs());
     }
 }
