@@ -3,7 +3,7 @@
 //! in the manifest, and seeds in `seeds/NAME`.
 
 use tests::harness::decode::{self, Bytes};
-use tests::harness::{hypercall, lists};
+use tests::harness::{evmcs as enlightened, hypercall, lists};
 
 /// A fuzz target.
 pub type Target = fn(&[u8]);
@@ -14,6 +14,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("vp_set", vp_set),
     ("gva_list", gva_list),
     ("nsvm_actions", nsvm_actions),
+    ("evmcs", evmcs),
 ];
 
 /// One hypercall in any convention, from any mode and level, with any registers and memory: the intake against the
@@ -54,4 +55,10 @@ pub fn nsvm_actions(bytes: &[u8]) {
     if let Err(why) = tests::embedder::actions::run(bytes) {
         panic!("{why}");
     }
+}
+
+/// Up to 40 actions on enlightened VMCSs: L1 writes fields, clean bits, versions and bytes, enters and is left; L0 is
+/// refused memory, saves and restores. Against the reference model.
+pub fn evmcs(bytes: &[u8]) {
+    enlightened::compare(bytes);
 }

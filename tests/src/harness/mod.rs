@@ -2,5 +2,6 @@
 //! targets feed them.
 
 pub mod decode;
+pub mod evmcs;
 pub mod hypercall;
 pub mod lists;
