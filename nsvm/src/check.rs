@@ -54,7 +54,7 @@ pub(crate) fn control(config: &Config, control: &Control, save: &Save, l1_cr0: u
     if !map_fits(config, control.msrpm_base, 8 << 10) || !map_fits(config, control.iopm_base, 12 << 10) {
         return Err(Refusal::PermissionMap);
     }
-    if control.event_inj & Event::VALID != 0 && !event_is_possible(Event::from_raw(control.event_inj)) {
+    if control.event_inj & Event::VALID != 0 && !event_is_possible(Event::from_raw(control.event_inj), save) {
         return Err(Refusal::EventInjection);
     }
     if control.int_ctl & int_ctl::V_NMI_ENABLE != 0 && control.intercepts.misc1 & misc1::NMI == 0 {
@@ -78,11 +78,16 @@ fn map_fits(config: &Config, base: u64, len: u64) -> bool {
     }
 }
 
-/// True for the events that EVENTINJ may name (APM section 15.20).
-pub(crate) fn event_is_possible(event: Event) -> bool {
+/// True for the events that EVENTINJ may name for a guest in this state (APM section 15.20).
+pub(crate) fn event_is_possible(event: Event, save: &Save) -> bool {
     match event.kind() {
-        // Vector 2 is the NMI, which is no exception.
-        Some(EventKind::Exception) => event.vector() <= 31 && event.vector() != 2,
+        Some(EventKind::Exception) => match event.vector() {
+            // The NMI, which is no exception.
+            2 => false,
+            // BOUND does not exist in 64-bit code.
+            5 => !(save.efer & efer::LME != 0 && save.cr0 & cr0::PG != 0 && save.cs.attrib & seg::L != 0),
+            vector => vector <= 31,
+        },
         Some(EventKind::Interrupt | EventKind::Nmi | EventKind::Software) => true,
         None => false,
     }

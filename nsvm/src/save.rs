@@ -229,7 +229,7 @@ impl SavedLevel {
     fn check(&self) -> Result<(), RestoreError> {
         for raw in [self.event_inj, self.exit_int_info] {
             let event = Event::from_raw(raw).corrected();
-            if event.is_valid() && !check::event_is_possible(event) {
+            if event.is_valid() && !check::event_is_possible(event, &self.save) {
                 return Err(RestoreError::Event);
             }
         }
@@ -267,6 +267,10 @@ fn validate(config: &Config, saved: &SavedState) -> Result<(), RestoreError> {
         return Err(RestoreError::L1(Refusal::Svme));
     }
     check::save(config, &saved.l1.save).map_err(RestoreError::L1)?;
+    // Both run under nested paging of the embedder's, so their PATs count even where L1 has no nested paging.
+    if !check::pat_is_valid(saved.l1.save.g_pat) {
+        return Err(RestoreError::L1(Refusal::GuestPat));
+    }
     saved.l1.check()?;
     if in_l2 {
         let mut control = saved.control;
@@ -276,6 +280,9 @@ fn validate(config: &Config, saved: &SavedState) -> Result<(), RestoreError> {
         }
         check::control(config, &saved.control, &saved.l2.save, saved.l1.save.cr0).map_err(RestoreError::L2)?;
         check::save(config, &saved.l2.save).map_err(RestoreError::L2)?;
+        if !check::pat_is_valid(saved.l2.save.g_pat) {
+            return Err(RestoreError::L2(Refusal::GuestPat));
+        }
         saved.l2.check()?;
     }
     Ok(())

@@ -169,6 +169,9 @@ fn what_cannot_be_is_not_restored() {
     rejected(RestoreError::L2(Refusal::Cr0), |s| s.l2.save.cr0 = cr0::NW);
     rejected(RestoreError::L1(Refusal::Cr4), |s| s.l1.save.cr4 |= 1 << 63);
     rejected(RestoreError::L1(Refusal::Svme), |s| s.l1.save.efer = 0);
+    rejected(RestoreError::L1(Refusal::GuestPat), |s| s.l1.save.g_pat = 2);
+    rejected(RestoreError::L2(Refusal::GuestPat), |s| s.l2.save.g_pat = 3 << 8);
+    rejected(RestoreError::Event, |s| s.l1.event_inj = 1 << 31 | 3 << 8 | 5);
     rejected(RestoreError::Event, |s| s.l2.event_inj = 1 << 31 | 1 << 8);
     rejected(RestoreError::Event, |s| s.l1.exit_int_info = 1 << 31 | 7 << 8);
     let mut rig = in_l2();

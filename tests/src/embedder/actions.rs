@@ -2,6 +2,9 @@
 
 use std::cell::RefCell;
 
+use nsvm::save::SavedState;
+use zerocopy::IntoBytes;
+
 use super::guests::{Entry, vmcb12};
 use super::layout::{self, PAGES};
 use super::{Counts, Shape, Storage, World, is_host};
@@ -85,8 +88,9 @@ fn op(b: &mut Bytes<'_>, v: usize) -> Op {
 }
 
 fn msr(b: &mut Bytes<'_>) -> u32 {
-    const LIKELY: [u32; 12] = [
+    const LIKELY: [u32; 13] = [
         0xC000_0080,
+        0xC000_0104,
         0xC001_0114,
         0xC001_0117,
         0x174,
@@ -184,6 +188,18 @@ fn mutate(world: &mut World<'_>, b: &mut Bytes<'_>, v: usize) {
     }
 }
 
+/// Changes bytes of a saved state.
+fn tamper(b: &mut Bytes<'_>, saved: &mut SavedState) {
+    let bytes = saved.as_mut_bytes();
+    for _ in 0..1 + b.u8() % 4 {
+        let at = usize::from(b.u16()) % bytes.len();
+        bytes[at] ^= b.u8();
+    }
+    for word in bytes.as_chunks_mut::<8>().0 {
+        *word = guest(u64::from_le_bytes(*word)).to_le_bytes();
+    }
+}
+
 /// One input of the fuzzer: partition 0 is hostile, partition 1 orderly, on shared processors. What was counted in them,
 /// or the rule that was broken.
 pub fn run(bytes: &[u8]) -> Result<Vec<Counts>, String> {
@@ -246,6 +262,11 @@ fn drive(mut b: Bytes<'_>, mut world: World<'_>) -> Result<Vec<Counts>, String> 
                 world.partitions[0].tables.unknown = true;
                 world.partitions[0].vps[v].nested.pend_init();
                 world.off(0, v);
+            }
+            85 => {
+                world.partitions[0].tables.unknown = true;
+                world.off(0, v);
+                world.churn_with(0, v, |saved| tamper(&mut b, saved));
             }
             _ => {
                 world.partitions[0].tables.unknown = true;

@@ -210,7 +210,8 @@ impl World<'_> {
             (Some((Level::L2, _)), Level::L1) => {
                 // L1 finds its VMCB in the RAX that it had at VMRUN.
                 let gpa = vp.hw.vmcb01.save.rax;
-                Some(Ended::ToL1(self.mem.read(self.frame(p, gpa) + ctl::EXITCODE, 8)))
+                let vmcb12 = self.partitions[p].memory.home(gpa).map(|home| home.frame);
+                Some(Ended::ToL1(vmcb12.map_or(0, |at| self.mem.read(at + ctl::EXITCODE, 8))))
             }
             (Some((_, rip)), _) => {
                 let vmcb = vp.vmcb();

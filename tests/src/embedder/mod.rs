@@ -269,7 +269,10 @@ fn features(f: &svm::Features) -> Features {
         (f.flush_by_asid, Features::FLUSH_BY_ASID),
         (f.decode_assists, Features::DECODE_ASSISTS),
         (f.pause_filter, Features::PAUSE_FILTER),
+        (f.tsc_ratio, Features::TSC_RATE),
+        (f.virtual_vmload, Features::V_VMSAVE_VMLOAD),
         (f.vgif, Features::VGIF),
+        (f.vnmi, Features::VNMI),
     ];
     bits.iter().filter(|(on, _)| *on).fold(Features::default(), |all, (_, bit)| all.union(*bit))
 }
@@ -282,7 +285,9 @@ fn config(f: &svm::Features) -> Config {
         efer_valid: efer::SVME | 0xD01 | 1 << 14,
         intercepts: Host::intercepts_of(true, true, true, false, true),
     };
-    Config::all(host, 16, true).expect("a possible offer")
+    let all = Config::all(host, 16, true).expect("a possible offer").features();
+    let offered = all.union(host.features.intersection(Features::TSC_RATE));
+    Config::new(host, offered, 16, true).expect("a possible offer")
 }
 
 impl<'a> World<'a> {

@@ -8,6 +8,7 @@ use hvcore::memory::{CallerMemory, GuestMemory, L1Caller, L2Caller};
 use hvcore::partition::{MsrRead, MsrWrite};
 use nsvm::insn::Kind;
 use nsvm::npt::{L1Access, NptContext, NptFormat, NptOutcome, NptWalk};
+use nsvm::save::{RestoreError, SavedState};
 use nsvm::vmcb::bits::{int_ctl, misc1, misc2, tlb, virt_ext};
 use nsvm::{Entry, Exit, Fault, Invalidate, L1Exit, L2Exit, exit_code};
 use tlfs_abi::hypercall::{HypercallInput, HypercallResult};
@@ -20,6 +21,9 @@ use super::vp::{Bytes, machine};
 use super::{L1_BYTES, Mistake, Owner, World, is_host};
 use crate::model::svm::{Op, Step};
 use crate::model::tables::flag;
+
+/// What L1's TSC runs at.
+const OWN_TSC_RATIO: u64 = 1 << 32;
 
 /// Splits the borrow of a world: processor, VP, its partition, and the library's machine.
 macro_rules! parts {
@@ -79,6 +83,7 @@ impl World<'_> {
         }
         let flags = &mut cpu.hw.state.rflags;
         *flags = *flags & !(1 << 9) | u64::from(plan.host_if) << 9;
+        cpu.hw.tsc_ratio = vp.nested.hardware_tsc_ratio(OWN_TSC_RATIO);
         let vmcb = if level == Level::L2 { at.vmcb02 } else { at.vmcb01 };
         cpu.hw.step(&self.mem, Op::Vmload(at.vmcb01));
         let step = cpu.hw.step(&self.mem, Op::Vmrun(vmcb));
@@ -111,6 +116,10 @@ impl World<'_> {
             if control.int_ctl & int_ctl::V_GIF_ENABLE != 0 {
                 must.misc2 &= !(misc2::STGI | misc2::CLGI);
             }
+            let virtual_vmload = control.virt_ext & virt_ext::VMLOAD_VMSAVE != 0;
+            if virtual_vmload && shadow_root {
+                must.misc2 &= !(misc2::VMLOAD | misc2::VMSAVE);
+            }
             if has.intersection(must) != must || own.intersection(super::vp::INTERCEPTS) != super::vp::INTERCEPTS {
                 why = Some(format!("VMCB02 lacks an intercept: {has:x?}"));
             }
@@ -119,7 +128,8 @@ impl World<'_> {
                 why = Some("a permission map of VMCB02 is nobody's".into());
             }
             let rooted = if shadow_root { pool.contains(&control.n_cr3) } else { control.n_cr3 == root };
-            if !rooted || control.np_control & 1 == 0 || control.virt_ext & !virt_ext::LBR != 0 {
+            if !rooted || control.np_control & 1 == 0 || control.virt_ext & !3 != 0 || (virtual_vmload && !shadow_root)
+            {
                 why = Some(format!("second stage {:#x}", control.n_cr3));
             }
         } else {
@@ -496,25 +506,43 @@ impl World<'_> {
 
     /// Saves the VP's nested state, destroys it, and restores it. The VP is on no processor.
     pub fn churn(&mut self, p: usize, v: usize) {
+        self.churn_with(p, v, |_| ());
+    }
+
+    /// The same with a saved state that somebody changes. False if it was refused, and the one that was saved restored.
+    pub fn churn_with(&mut self, p: usize, v: usize, change: impl FnOnce(&mut SavedState)) -> bool {
         let saved = {
             let vp = &mut self.partitions[p].vps[v];
             vp.nested.save(&mut vp.hw.vmcb01, &mut vp.hw.vmcb02)
         };
-        parts!(self, 0, p, v => cpu, partition, vp, code, m);
-        let config = *vp.nested.config();
-        *m.vmcb02 = zerocopy::FromZeros::new_zeroed();
-        match nsvm::NestedSvm::restore(config, &saved, &mut m) {
-            Ok(nested) => vp.nested = nested,
-            Err(error) => {
+        let mut changed = saved;
+        change(&mut changed);
+        let taken = match (self.restore(p, v, &changed), changed == saved) {
+            (Ok(()), _) => true,
+            (Err(error), true) => {
                 self.violated(|| format!("a state that was just saved is refused: {error:?}"));
-                return;
+                return false;
             }
-        }
+            (Err(_), false) => {
+                let again = self.restore(p, v, &saved);
+                assert_eq!(again, Ok(()));
+                false
+            }
+        };
+        let vp = &mut self.partitions[p].vps[v];
         let _ = vp.shadow.flush_everything();
         vp.flush.forget_context();
         if vp.nested.level() == Level::L2 {
             self.activate(p, v);
         }
+        taken
+    }
+
+    fn restore(&mut self, p: usize, v: usize, saved: &SavedState) -> Result<(), RestoreError> {
+        parts!(self, 0, p, v => cpu, partition, vp, code, m);
+        *m.vmcb02 = zerocopy::FromZeros::new_zeroed();
+        vp.nested = nsvm::NestedSvm::restore(*vp.nested.config(), saved, &mut m)?;
+        Ok(())
     }
 
     /// True for an address in L1's memory.

@@ -24,6 +24,9 @@ pub const ROOTS: usize = 2;
 /// Pages of shadow tables per VP.
 pub const SHADOW_PAGES: usize = 8;
 
+/// Added to L1's TSC.
+pub const OWN_TSC_OFFSET: u64 = 0x1_0000_0000;
+
 /// What exits of L1.
 pub const INTERCEPTS: Intercepts = Intercepts {
     cr: 0,
@@ -247,6 +250,7 @@ impl<'a> Vp<'a> {
         v.control.intercepts = INTERCEPTS;
         (v.control.iopm_base, v.control.msrpm_base) = (at.iopm01, at.msrpm01);
         (v.control.np_control, v.control.n_cr3) = (1, at.npt01);
+        v.control.tsc_offset = OWN_TSC_OFFSET;
         (v.control.int_ctl, v.control.int_state, v.control.event_inj) = (0, 0, 0);
         let segment = |attrib| nsvm::vmcb::Segment { selector: 8, attrib, limit: u32::MAX, base: 0 };
         v.save.cs = segment(0x29B);
