@@ -83,6 +83,7 @@ impl NestedSvm {
             }
             TSC_RATIO if value & TSC_RATIO_RESERVED == 0 => {
                 self.tsc_ratio = value;
+                self.settled = Settled::No;
                 Ok(())
             }
             IGNNE if value & !1 == 0 => Ok(()),

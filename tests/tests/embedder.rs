@@ -31,7 +31,7 @@ fn partitions_share_processors() {
         let counts = run(shape(features, seed), 3000).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
         for c in counts {
             assert!(c.checked > 200 && c.direct > 3 && c.kicked > 3 && c.entered > 50, "{c:?}");
-            assert!(c.paged_in > 0 && c.dirtied > 0 && c.flushed > 20, "{c:?}");
+            assert!(c.paged_in > 0 && c.dirtied > 0 && c.flushed > 20 && c.repeated > 50, "{c:?}");
             assert_eq!((c.refused, c.resets), (0, 0), "{c:?}");
         }
     }
@@ -65,7 +65,9 @@ fn a_flush_reaches_only_its_partition() {
 #[test]
 fn each_mistake_is_found() {
     use Mistake::*;
-    for mistake in [NoKick, NoDrain, NoTlbControl, OneAsid, NoPost, NoRetire, NoIntercept] {
+    let flushes = [NoKick, NoDrain, NoTlbControl, OneAsid, NoPost, NoRetire, NoPrepare];
+    let bounds = [NoIntercept, NoMap, NoShadow, LeakMemory, LeakRegister];
+    for mistake in flushes.into_iter().chain(bounds) {
         let found = (0..6).find_map(|seed| {
             let features = if seed & 1 == 0 { FEW } else { PLAIN };
             let partitions = 1 + (seed as usize & 2);

@@ -78,8 +78,18 @@ pub enum Mistake {
     NoPost,
     /// The shadow's stale tag is not retired.
     NoRetire,
+    /// An entry repeats the last one although a flush is due.
+    NoPrepare,
     /// VMCB02 lacks an intercept.
     NoIntercept,
+    /// VMCB02's MSR permission map lets through what the embedder's own does not.
+    NoMap,
+    /// L2 runs on L1's nested table itself.
+    NoShadow,
+    /// L1 sees the root of the shadow in its VMCB.
+    LeakMemory,
+    /// L1 sees it in a register.
+    LeakRegister,
 }
 
 /// Which machine to build.
@@ -185,6 +195,8 @@ fn lay_out(mem: &PhysMem, p: usize, vps: usize, own: &OwnMaps) -> Tables {
 pub struct Counts {
     /// Entries that carried a flush out.
     pub flushed: u64,
+    /// Entries by the plan of the last one.
+    pub repeated: u64,
     /// Kicks that flushes sent.
     pub kicked: u64,
     /// Direct flushes done.

@@ -43,7 +43,10 @@ impl World<'_> {
     pub fn enter(&mut self, c: usize, p: usize, v: usize) -> bool {
         assert!(self.cpus[c].running.is_none() && self.partitions[p].vps[v].on.is_none());
         parts!(self, c, p, v => cpu, partition, vp, code, m);
-        let level = vp.nested.route_events(&mut m);
+        let level = vp.nested.level();
+        let again = vp.plan.filter(|_| self.rng.chance(768) && !vp.shadow.tag_stale());
+        let again = again.filter(|_| vp.nested.repeat_entry(&mut m, level));
+        let level = if again.is_some() { level } else { vp.nested.route_events(&mut m) };
         let mut flushed = false;
         if let Some(due) = vp.flush.enter(level) {
             flushed = true;
@@ -54,22 +57,41 @@ impl World<'_> {
         if vp.shadow.tag_stale() && self.mistake != Some(Mistake::NoRetire) {
             vp.nested.retire_tag(Level::L2);
         }
-        let plan = match vp.nested.prepare_entry(&mut m) {
-            Entry::Run(plan) => plan,
-            Entry::Init | Entry::Shutdown => {
-                vp.flush.entry_failed();
-                self.reset(p, v, "INIT or a lost VMCB12 at entry");
-                return false;
-            }
+        let holds = !flushed || self.mistake == Some(Mistake::NoPrepare);
+        let plan = match again.filter(|_| holds) {
+            Some(plan) => plan,
+            None => match vp.nested.prepare_entry(&mut m) {
+                Entry::Run(plan) => plan,
+                Entry::Init | Entry::Shutdown => {
+                    vp.flush.entry_failed();
+                    self.reset(p, v, "INIT or a lost VMCB12 at entry");
+                    return false;
+                }
+            },
         };
-        if flushed {
-            partition.counts.flushed += 1;
+        vp.plan = Some(plan);
+        partition.counts.repeated += u64::from(again.is_some() && holds);
+        partition.counts.flushed += u64::from(flushed);
+        if plan.level != level {
+            self.violated(|| format!("a plan for another level: {plan:?}"));
+            return false;
         }
-        let control = &mut vp.vmcb().control;
+        let partition = &mut self.partitions[p];
+        let vp = &mut partition.vps[v];
+        let control = match level {
+            Level::L1 => &mut vp.hw.vmcb01.control,
+            Level::L2 => &mut vp.hw.vmcb02.control,
+        };
         match self.mistake {
             Some(Mistake::NoTlbControl) => control.tlb_control = 0,
             Some(Mistake::OneAsid) => control.asid = 1,
             Some(Mistake::NoIntercept) if level == Level::L2 => control.intercepts.misc1 &= !misc1::NMI,
+            Some(Mistake::NoMap) if level == Level::L2 => vp.hw.msrpm02[0] = 0,
+            Some(Mistake::NoShadow) if level == Level::L2 => control.n_cr3 = vp.walk.map_or(0, |(_, ncr3)| ncr3),
+            Some(Mistake::LeakRegister) if level == Level::L1 => vp.hw.regs.0[3] = control.n_cr3,
+            Some(Mistake::LeakMemory) => {
+                let _ = partition.memory.write_u64(L1Gpa::new(layout::VMCB12 + 0xB0), control.n_cr3);
+            }
             _ => {}
         }
         self.check_entry(c, p, v, level);

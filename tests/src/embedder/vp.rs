@@ -11,7 +11,7 @@ use nsvm::asid::AsidPool;
 use nsvm::npt::{NptFormat, NptShadow};
 use nsvm::vmcb::Vmcb;
 use nsvm::vmcb::bits::{DR7_RESET, Intercepts, efer, misc1, misc2};
-use nsvm::{Code, Gprs, IoMap, Machine, MergedMap, MsrMap, NestedSvm};
+use nsvm::{Code, EntryPlan, Gprs, IoMap, Machine, MergedMap, MsrMap, NestedSvm};
 use zerocopy::{FromZeros, IntoBytes};
 
 use super::layout::{self, VpPlaces};
@@ -123,6 +123,8 @@ pub struct Vp<'a> {
     pub scratch: Scratch,
     /// L1's nested tables for the L2 that runs.
     pub walk: Option<(NptFormat, u64)>,
+    /// How it was entered last.
+    pub plan: Option<EntryPlan>,
     /// The processor that it is on.
     pub on: Option<usize>,
     /// The instruction that its guest is at.
@@ -234,6 +236,7 @@ impl<'a> Vp<'a> {
             shootdown: Shootdown::new(),
             scratch: Scratch::new(),
             walk: None,
+            plan: None,
             on: None,
             op: Op::Nop,
             fell: None,
