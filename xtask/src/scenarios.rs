@@ -206,6 +206,9 @@ const ASID_REUSE: &[Module] = &[Module { content: Content::Image("l1"), args: "s
 
 const FLUSH: &[Module] = &[Module { content: Content::Image("l1"), args: "scenario=flush-direct" }];
 
+/// The smallest hypervisor.
+const SMALLEST_L1: &[Module] = &[Module { content: Content::Image("selftest"), args: "test=vmx" }];
+
 const RUNTIME_AS_L1: &[Module] = &[Module { content: Content::Image("selftest"), args: "test=boot" }];
 
 /// An `image`: the Debian kernel on the emulator itself, with one module, its initial RAM disk.
@@ -329,6 +332,10 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "l0-boot", image: "l0", modules: RUNTIME_AS_L1, ..BASE },
     Scenario { name: "l0-boot-4-processors", image: "l0", modules: RUNTIME_AS_L1, cpus: 4, ..BASE },
     Scenario { name: "l0-boot", image: "l0", modules: RUNTIME_AS_L1, machine: BOCHS, ..BASE },
+    // The smallest hypervisor: alone, and as L1.
+    Scenario { name: "vmx-smallest-bare", args: "test=vmx", machine: BOCHS, ..BASE },
+    Scenario { name: "vmx-smallest", image: "l0", modules: SMALLEST_L1, machine: BOCHS, ..BASE },
+    Scenario { name: "vmx-smallest-plain", image: "l0", args: "enlighten=off", modules: SMALLEST_L1, machine: BOCHS, ..BASE },
     Scenario { name: "l0-boot-2-processors", image: "l0", modules: RUNTIME_AS_L1, cpus: 2, machine: BOCHS, ..BASE },
     // The small hypervisor and its guests on the L0 hypervisor.
     SVM,

@@ -6,10 +6,10 @@ mod boot;
 mod caller;
 mod host;
 mod hypercall;
+mod vmx;
 
 // Linked so that an image with all four shows that they need no operating system.
 use nsvm as _;
-use nvmx as _;
 use rt::{BootInfo, ExitCode, println};
 
 rt::entry!(image);
@@ -20,6 +20,7 @@ fn image(boot: &'static BootInfo) -> ExitCode {
     match test {
         "boot" => boot::run(boot),
         "hypercall" => hypercall::run(boot),
+        "vmx" => vmx::run(boot),
         "unhandled" => boot::unhandled_exception(),
         "nested" => boot::nested_fault(),
         "panic" => panic!("as asked"),
