@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use xshell::cmd;
 
 /// Every image: a package of `examples/` with a binary of the same name.
-pub const ALL: &[&str] = &["l0", "l1", "selftest"];
+pub const ALL: &[&str] = &["l0", "l1", "selftest", "vmxchecks"];
 
 /// Which compiler target makes the images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

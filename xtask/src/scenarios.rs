@@ -331,6 +331,9 @@ pub const SCENARIOS: &[Scenario] = &[
     // The L0 hypervisor with the runtime's own test as its guest.
     Scenario { name: "l0-boot", image: "l0", modules: RUNTIME_AS_L1, ..BASE },
     Scenario { name: "l0-boot-4-processors", image: "l0", modules: RUNTIME_AS_L1, cpus: 4, ..BASE },
+    // The library's VM-entry checks against the processor's own; and a check that is overlooked, as the control.
+    Scenario { name: "vmx-entry-checks", image: "vmxchecks", machine: BOCHS, ..BASE },
+    Scenario { name: "vmx-entry-checks-blind", image: "vmxchecks", args: "samples=4000 blind=vpid", machine: BOCHS, expect: Expect::Failure("disagree"), ..BASE },
     Scenario { name: "l0-boot", image: "l0", modules: RUNTIME_AS_L1, machine: BOCHS, ..BASE },
     // The smallest hypervisor: alone, and as L1.
     Scenario { name: "vmx-smallest-bare", args: "test=vmx", machine: BOCHS, ..BASE },
