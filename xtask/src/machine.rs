@@ -14,6 +14,9 @@ const MONITOR: &str = "qmp";
 /// What Linux prints when a processor has made no progress for long.
 const LOCKED_UP: &str = "soft lockup";
 
+/// A Linux that has printed nothing for so long is looked at.
+const SILENCE: Duration = Duration::from_secs(20);
+
 /// How QEMU executes guest code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Accel {
@@ -170,6 +173,7 @@ fn limited(command: &mut Command, run: &Run<'_>, serial: Option<&Serial>) -> Res
     let file = File::create(&log)?;
     let name = command.get_program().to_string_lossy().into_owned();
     let (start, mut looked, mut pressed, mut fault) = (Instant::now(), Instant::now(), false, None);
+    let (mut printed_bytes, mut silent_since) = (0, start);
     let printed = serial.map(|serial| serial.print_to(File::create(&screen)?)).transpose()?;
     let (stdin, stdout) = match run.typed {
         Some(_) if serial.is_none() => (Stdio::piped(), File::create(&screen)?),
@@ -187,12 +191,19 @@ fn limited(command: &mut Command, run: &Run<'_>, serial: Option<&Serial>) -> Res
             break (status.code(), false);
         }
         let late = start.elapsed() > run.timeout;
-        let look = looked.elapsed() > Duration::from_secs(1);
-        if look {
+        if run.linux && name.starts_with("qemu") && (late || looked.elapsed() > Duration::from_secs(1)) {
             looked = Instant::now();
+            let said = read(&screen);
+            if said.len() != printed_bytes {
+                (printed_bytes, silent_since) = (said.len(), Instant::now());
+            }
+            let silent = silent_since.elapsed() > SILENCE;
+            if late || silent || said.contains(LOCKED_UP) {
+                fault = emulator_fault(run);
+                silent_since = Instant::now();
+            }
         }
-        if late || look && run.linux && read(&screen).contains(LOCKED_UP) {
-            fault = if run.linux && name.starts_with("qemu") { emulator_fault(run) } else { None };
+        if late || fault.is_some() {
             // SIGKILL: Bochs does not end at SIGTERM.
             child.kill()?;
             child.wait()?;
