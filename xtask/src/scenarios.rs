@@ -241,6 +241,7 @@ const DIRECT_FLUSHES: Expect = Expect::PowerOff {
         "init: Linux 6.",
         " on {cpus} processors: kvm",
         "Hypervisor detected: Microsoft Hyper-V",
+        "Switched to clocksource hyperv_clocksource_tsc_page",
         "SVM: kvm: Nested Paging enabled",
         "SVM: kvm: Hyper-V enlightened NPT TLB flush enabled",
         "SVM: kvm: Hyper-V Direct TLB Flush enabled",

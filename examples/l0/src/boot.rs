@@ -25,6 +25,7 @@ use crate::relocate::{self, phys_of};
 use crate::say;
 use crate::shared::{Shared, Vendor};
 use crate::svm::SvmHost;
+use crate::time::Clocks;
 use crate::trace;
 use crate::vmx::host::VmxHost;
 use crate::vp::Vp;
@@ -144,6 +145,9 @@ fn shared(boot: &BootInfo, hole: Range) -> Shared {
     else {
         give_up(format_args!("no pages for the nested tables"));
     };
+    // SAFETY: L0's tables map the page uncached.
+    let apic = unsafe { LocalApic::new(memory::phys_to_virt(hw::apic::DEFAULT_BASE)) };
+    let clocks = enlighten.then(|| Clocks::measure(&apic, has_word(boot, "constant-tsc")));
     Shared {
         // SAFETY: the firmware says that this is RAM, it is mapped, and L0's own memory is the hole.
         memory: unsafe { L1Memory::new(low_end, high_end, hole, &OVERLAYS) },
@@ -153,11 +157,11 @@ fn shared(boot: &BootInfo, hole: Range) -> Shared {
         root01: npt.root(),
         npt01: Mutex::new(npt),
         ipis: Ipis::new(),
-        // SAFETY: L0's tables map the page uncached.
-        apic: unsafe { LocalApic::new(memory::phys_to_virt(hw::apic::DEFAULT_BASE)) },
+        apic,
+        clocks,
         svm_leaf,
         vendor,
-        hyperv: HyperV::new(address_bits, hyperv_vendor, enlightenments),
+        hyperv: HyperV::new(address_bits, hyperv_vendor, enlightenments, clocks),
         enlighten,
         churn: boot.argument("churn").and_then(|n| n.parse().ok()).unwrap_or(0),
         count: has_word(boot, "count"),

@@ -19,8 +19,8 @@ use hvcore::hypercall::calls::{
 use hvcore::hypercall::{Answer, CallerMode, Outcome, Registers, Scratch, Width, handle};
 use hvcore::memory::{CallerMemory, GuestMemory, L1Caller, L2Caller};
 use hvcore::partition::{
-    Action, EmbedderRead, Interface, MsrRead, MsrWrite, NestedCapabilities, Overlay, PartitionConfig, Vendor,
-    VpInterface,
+    Action, CrashMessage, EmbedderRead, Interface, MsrRead, MsrWrite, NestedCapabilities, Overlay, PartitionConfig,
+    Vendor, VpInterface,
 };
 use hvcore::vp_index::{VpIndexMap, VpSlot};
 use hw::apic::reg;
@@ -43,7 +43,9 @@ use crate::mmio;
 use crate::mutant::Mutant;
 use crate::registers::{CallRegisters, Gprs};
 use crate::relocate::phys_of;
+use crate::say;
 use crate::shared::Shared;
+use crate::time::Clocks;
 use crate::trace;
 use crate::vp::Vp;
 
@@ -87,12 +89,19 @@ pub struct VpHyperV {
 
 impl HyperV {
     /// The interface of a machine with physical addresses of `address_bits` bits, offering `nested` enlightenments.
-    pub fn new(address_bits: u32, vendor: Vendor, nested: NestedCapabilities) -> Self {
-        let config = PartitionConfig::new(vendor, MAX_CPUS as u32, address_bits as u8)
+    pub fn new(address_bits: u32, vendor: Vendor, nested: NestedCapabilities, clocks: Option<Clocks>) -> Self {
+        let mut config = PartitionConfig::new(vendor, MAX_CPUS as u32, address_bits as u8)
             .offer::<Calls<'_>>()
             .xmm_input()
             .apic_msrs()
+            .crash(true)
             .nested(nested);
+        if let Some(clocks) = clocks {
+            config = config.reference_counter().frequencies(clocks.tsc, clocks.apic);
+            if clocks.constant {
+                config = config.reference_tsc(clocks.page);
+            }
+        }
         let interface = match config.build() {
             Ok(interface) => interface,
             Err(error) => give_up(format_args!("impossible Hyper-V interface: {error:?}")),
@@ -445,13 +454,31 @@ pub fn apply(
     nested.retire_tag(Level::L2);
 }
 
+/// L1's processor `id` says that its system has crashed, and perhaps in what words.
+#[cold]
+fn crashed(shared: &Shared, id: usize, message: Option<CrashMessage>) {
+    say!("l0: cpu {id}: L1 crashed: {:x?}", shared.hyperv.interface.crash_parameters());
+    let Some(CrashMessage { gpa, length }) = message else { return };
+    let (mut text, mut at, end) = ([0; 64], gpa.raw(), gpa.raw().saturating_add(u64::from(length)));
+    while at < end {
+        let part = &mut text[..(end - at).min(64) as usize];
+        if shared.memory.read(L1Gpa::new(at), part).is_err() {
+            return;
+        }
+        at += part.len() as u64;
+        // Lines of their own: a message may have no printable byte in it.
+        say!("l0: cpu {id}: {}", part.escape_ascii());
+    }
+}
+
 impl VpHyperV {
     /// RDMSR of a synthetic MSR; `None`: #GP.
     pub fn read_msr(&self, shared: &Shared, number: u32) -> Option<u64> {
         if !shared.enlighten {
             return None;
         }
-        match shared.hyperv.interface.msr_read(&self.msrs, number, 0) {
+        let now = shared.clocks.map_or(0, |clocks| clocks.now());
+        match shared.hyperv.interface.msr_read(&self.msrs, number, now) {
             MsrRead::Value(value) => Some(value),
             MsrRead::Fault | MsrRead::NotMine => None,
             MsrRead::Embedder(EmbedderRead::Icr) => {
@@ -487,8 +514,9 @@ impl VpHyperV {
                 mmio::apic_write(shared, id, reg::ICR_LOW, value as u32);
             }
             Action::Tpr(value) => mmio::apic_write(shared, id, reg::TPR, u32::from(value)),
+            Action::Crash(message) => crashed(shared, id, message),
             // Not offered.
-            Action::Crash(_) | Action::Reset | Action::StopTscEmulation => {}
+            Action::Reset | Action::StopTscEmulation => {}
         }
         true
     }

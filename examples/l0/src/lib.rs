@@ -33,6 +33,7 @@ pub mod registers;
 pub mod relocate;
 pub mod shared;
 pub mod svm;
+pub mod time;
 pub mod trace;
 pub mod vmx;
 pub mod vp;

@@ -10,6 +10,7 @@ use crate::memory::L1Memory;
 use crate::mutant::Mutant;
 use crate::npt01::{Kind, Npt01};
 use crate::svm::SvmHost;
+use crate::time::Clocks;
 use crate::trace;
 use crate::vmx::host::VmxHost;
 
@@ -35,6 +36,8 @@ pub struct Shared {
     pub ipis: Ipis,
     /// Access to the processor's own local APIC.
     pub apic: LocalApic,
+    /// How fast the clocks go, when L1 is told.
+    pub clocks: Option<Clocks>,
     /// How L0 maps L1's memory, for shadows.
     pub l1map: IdentityMap,
     /// Width of physical addresses, bits.

@@ -16,14 +16,17 @@ const OS_ID: u64 = 1 << 63 | 0x7F << 56 | 1;
 /// The VP assist page of each processor, 0 while it has none.
 static ASSIST: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
 
+/// True when there is a Hyper-V-compatible host.
+pub fn is_host() -> bool {
+    hw::cpu::cpuid(1, 0).ecx & cpuid::LEAF1_ECX_HYPERVISOR_PRESENT != 0
+        && hw::cpu::cpuid(cpuid::LEAF_INTERFACE, 0).eax == cpuid::INTERFACE_HV1
+}
+
 /// True when a Hyper-V-compatible host offers direct flush.
 fn offers_direct_flush() -> bool {
-    if hw::cpu::cpuid(1, 0).ecx & cpuid::LEAF1_ECX_HYPERVISOR_PRESENT == 0 {
-        return false;
-    }
     let range = hw::cpu::cpuid(cpuid::LEAF_RANGE, 0);
-    let hv1 = hw::cpu::cpuid(cpuid::LEAF_INTERFACE, 0).eax == cpuid::INTERFACE_HV1;
-    hv1 && range.eax >= cpuid::LEAF_NESTED_OPTIMIZATIONS
+    is_host()
+        && range.eax >= cpuid::LEAF_NESTED_OPTIMIZATIONS
         && hw::cpu::cpuid(cpuid::LEAF_NESTED_OPTIMIZATIONS, 0).eax >> 17 & 1 != 0
 }
 

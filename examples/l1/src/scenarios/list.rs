@@ -39,6 +39,8 @@ scenarios! {
     svm "nmi-and-gif" => interrupts::nmi_and_gif;
     svm "interrupt-and-gif" => interrupts::interrupt_and_gif;
     svm "hostile-vmcbs" => hostile::vmcbs;
+    both "reference-time" => time::reference_time;
+    both "crash-registers" => time::crash;
     svm "flush-control" => flush::control;
     svm "flush-direct" => flush::direct;
     svm "flush-empty-set" => flush::empty_set;

@@ -13,6 +13,7 @@ mod modes;
 mod other_vm;
 mod paging;
 pub mod storm;
+mod time;
 
 use crate::Failure;
 
