@@ -95,7 +95,8 @@ impl Features {
 pub struct Host {
     /// CPUID 0x8000_000A EDX.
     pub features: Features,
-    /// Width of physical addresses that L1 is shown, bits (CPUID 0x8000_0008 EAX 7:0); 32 to 52.
+    /// Width of physical addresses, bits (CPUID 0x8000_0008 EAX 7:0), of the processor and as L1 is shown it: the
+    /// processor's own checks of what L1 loads go by it, too. 32 to 52.
     pub phys_bits: u8,
     /// CR4 bits that a guest may set.
     pub cr4_valid: u64,

@@ -110,12 +110,12 @@ fn msr(b: &mut Bytes<'_>) -> u32 {
 }
 
 /// A value that is not mistaken for a host address.
-fn guest(value: u64) -> u64 {
+pub(super) fn guest(value: u64) -> u64 {
     if is_host(value) { value ^ 1 << 40 } else { value }
 }
 
 /// Offsets in a VMCB that a mutation prefers, with their sizes.
-const FIELDS: [(u64, u64); 44] = [
+pub(super) const FIELDS: [(u64, u64); 44] = [
     (0x00, 4),
     (0x04, 4),
     (0x08, 4),

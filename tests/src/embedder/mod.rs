@@ -12,6 +12,7 @@
 //! | [`vp`] | a VP's state, and its pages in the model's memory |
 //! | [`run`] | entry, exit, kicks: the embedder proper |
 //! | [`guests`] | what L1 and L2 do, and what they must see |
+//! | [`hostile`] | hostile VMCBs, one world each |
 //! | [`actions`] | sequences of everything from bytes, for the fuzzer |
 //!
 //! Rules that are checked at each entry and exit, whatever the guests do (the first broken one is in
@@ -38,6 +39,7 @@ use nsvm::vmcb::bits::efer;
 
 pub mod actions;
 pub mod guests;
+pub mod hostile;
 pub mod hyperv;
 pub mod layout;
 pub mod memory;
@@ -53,14 +55,15 @@ use layout::VpPlaces;
 use memory::L1View;
 use vp::{OwnMaps, Vp, VpStorage};
 
-/// First address of host memory: recognisable wherever it turns up.
-pub const HOST: u64 = 0xA5_0000_0000;
+/// First address of host memory: recognisable wherever it turns up, and not like any field of a VMCB (bits 31:24 are
+/// neither those of an interrupt control nor of an event).
+pub const HOST: u64 = 0xA5_A000_0000;
 /// Memory of each L1.
 pub const L1_BYTES: u64 = 0x10_0000;
 
 /// True for what looks like a host address.
 pub const fn is_host(value: u64) -> bool {
-    value >> 32 & 0xFFFF == HOST >> 32
+    value >> 24 & 0xFF_FFFF == HOST >> 24
 }
 
 /// A mistake for the embedder to make, to show that the checks find it.
@@ -292,7 +295,7 @@ fn features(f: &svm::Features) -> Features {
 fn config(f: &svm::Features) -> Config {
     let host = Host {
         features: features(f),
-        phys_bits: 40,
+        phys_bits: f.maxphyaddr,
         cr4_valid: f.cr4,
         efer_valid: efer::SVME | 0xD01 | 1 << 14,
         intercepts: Host::intercepts_of(true, true, true, false, true),

@@ -90,7 +90,7 @@ impl World<'_> {
             Some(Mistake::NoShadow) if level == Level::L2 => control.n_cr3 = vp.walk.map_or(0, |(_, ncr3)| ncr3),
             Some(Mistake::LeakRegister) if level == Level::L1 => vp.hw.regs.0[3] = control.n_cr3,
             Some(Mistake::LeakMemory) => {
-                let _ = partition.memory.write_u64(L1Gpa::new(layout::VMCB12 + 0xB0), control.n_cr3);
+                let _ = partition.memory.write_u64(L1Gpa::new(layout::VMCB12 + 0x300), control.n_cr3);
             }
             _ => {}
         }
@@ -261,12 +261,13 @@ impl World<'_> {
     /// The part of it that a restored VP needs, too.
     pub fn activate(&mut self, p: usize, v: usize) {
         let vp = &mut self.partitions[p].vps[v];
+        let phys_bits = self.cpus[0].hw.features.maxphyaddr;
         let (hv, context) = (vp.nested.enlightenments(), vp.nested.context());
         let ids = Some(NestedIds { vm_id: hv.vm_id, vp_id: hv.vp_id });
         let announced = NestedContext { ids, tag: context.asid.into(), root: context.n_cr3.unwrap_or(0) };
         let _ = vp.flush.set_context(announced);
         let context = vp.nested.nested_paging(&vp.hw.vmcb01).and_then(|paging| {
-            let format = NptFormat::from_registers(paging.cr0, paging.cr4, paging.efer, 40, true)?;
+            let format = NptFormat::from_registers(paging.cr0, paging.cr4, paging.efer, phys_bits, true)?;
             let asid = if paging.enlightened_tlb { 0 } else { paging.asid };
             Some(NptContext { ncr3: paging.n_cr3.raw(), asid, format })
         });
