@@ -5,8 +5,8 @@ use hvcore::memory::GuestMemory;
 
 use crate::bitmaps::Bits;
 use crate::bits::{cr0, cr4, interruption};
-use crate::check::eptp_is_valid;
 use crate::controls::{pin, primary, secondary};
+use crate::ept::switch_eptp;
 use crate::events::Injection;
 use crate::exit_reason as r;
 use crate::field::Field;
@@ -69,7 +69,11 @@ impl NestedVmx {
         let info = m.vmcs02.read32(Field::ExitInterruptionInfo);
         if info & interruption::TYPE == interruption::NMI {
             let own = self.own_known().pin & pin::NMI_EXITING != 0;
-            return if !own && self.pin12(pin::NMI_EXITING) { self.reflect(m) } else { embedder };
+            return if !own && self.pin12(pin::NMI_EXITING) {
+                self.reflect_as(m, r::EXCEPTION_OR_NMI)
+            } else {
+                embedder
+            };
         }
         let vector = info & interruption::VECTOR;
         let code = info & interruption::ERROR_CODE != 0;
@@ -80,7 +84,7 @@ impl NestedVmx {
             return embedder;
         }
         if self.l1_wants_exception(vector, error_code) {
-            return self.reflect(m);
+            return self.reflect_as(m, r::EXCEPTION_OR_NMI);
         }
         // Only there because one bitmap has to do for two: L2 gets it after all.
         if vector == PAGE_FAULT {
@@ -88,7 +92,7 @@ impl NestedVmx {
         }
         let length = if Injection::is_software(info) { m.vmcs02.read32(Field::ExitInstructionLength) } else { 0 };
         let event = Injection { info: info & !interruption::NMI_UNBLOCKING, error_code, length };
-        self.raise(m, event, 0, vector)
+        self.raise(m, event, vector)
     }
 
     /// Raises an exception in L2, which L1 may want to see; RIP is at the instruction that faults.
@@ -119,7 +123,7 @@ impl NestedVmx {
         if let Some(address) = fault.cr2 {
             m.gprs.set_cr2(address);
         }
-        self.raise(m, Injection { info, error_code, length: 0 }, fault.cr2.unwrap_or_default(), vector)
+        self.raise(m, Injection { info, error_code, length: 0 }, vector)
     }
 
     fn combined(&self, vector: u32) -> Combined {
@@ -127,13 +131,7 @@ impl NestedVmx {
     }
 
     /// Delivers an exception to L2 that L1 does not want, together with what was being delivered.
-    fn raise<V, G, M, L>(
-        &mut self,
-        m: &mut Machine<'_, V, G, M, L>,
-        event: Injection,
-        _address: u64,
-        vector: u32,
-    ) -> L2Exit
+    fn raise<V, G, M, L>(&mut self, m: &mut Machine<'_, V, G, M, L>, event: Injection, vector: u32) -> L2Exit
     where
         V: Vmcs + ?Sized,
         G: Gprs + Msrs + ?Sized,
@@ -173,7 +171,7 @@ impl NestedVmx {
         let Some(bits) =
             bits.filter(|bits| self.primary12(primary::MSR_BITMAPS) && !bits.wanted_by_l1(m.memory, source))
         else {
-            return self.reflect(m);
+            return self.reflect_as(m, reason);
         };
         if bits.wanted_by(m.msr_bitmap01) || self.l2.primary & primary::MSR_BITMAPS == 0 {
             return L2Exit::Embedder { reason };
@@ -191,7 +189,11 @@ impl NestedVmx {
     {
         let embedder = L2Exit::Embedder { reason: r::IO };
         if !self.primary12(primary::IO_BITMAPS) {
-            return if self.primary12(primary::UNCONDITIONAL_IO_EXITING) { self.reflect(m) } else { embedder };
+            return if self.primary12(primary::UNCONDITIONAL_IO_EXITING) {
+                self.reflect_as(m, r::IO)
+            } else {
+                embedder
+            };
         }
         let qualification = m.vmcs02.read(Field::ExitQualification);
         let size = (qualification & 7).wrapping_add(1) as u8;
@@ -199,7 +201,7 @@ impl NestedVmx {
         let Some(bits) =
             Bits::of_port((qualification >> 16) as u16, size).filter(|bits| !bits.wanted_by_l1(m.memory, source))
         else {
-            return self.reflect(m);
+            return self.reflect_as(m, r::IO);
         };
         if bits.wanted_by(m.io_bitmaps01) || self.l2.primary & primary::IO_BITMAPS == 0 {
             return embedder;
@@ -221,7 +223,7 @@ impl NestedVmx {
     {
         let access = CrAccess::of(m.vmcs02.read(Field::ExitQualification), |n| register(m.vmcs02, m.gprs, n));
         if self.l1_wants_cr(access) {
-            return self.reflect(m);
+            return self.reflect_as(m, r::CR_ACCESS);
         }
         let (real, shadow) = match access {
             CrAccess::Write { number: 4, .. } => (Field::GuestCr4, Field::Cr4ReadShadow),
@@ -318,7 +320,7 @@ impl NestedVmx {
             return self.raise_in_l2(m, Fault::UD);
         }
         let Some(eptp) = self.switched_eptp(m.memory, m.gprs.get(RAX) as u32, m.gprs.get(RCX) as u32) else {
-            return self.reflect(m);
+            return self.reflect_as(m, r::VMFUNC);
         };
         complete_instruction(m.vmcs02);
         if eptp == self.vmcs12.get(Field::EptPointer) {
@@ -332,11 +334,10 @@ impl NestedVmx {
 
     /// The EPT pointer that VMFUNC with EAX `function` and ECX `index` switches to.
     fn switched_eptp<M: GuestMemory + ?Sized>(&self, memory: &M, function: u32, index: u32) -> Option<u64> {
-        if function != 0 || self.vmcs12.get(Field::VmFunctionControls) & 1 == 0 || index >= 512 {
+        if function != 0 || self.vmcs12.get(Field::VmFunctionControls) & 1 == 0 {
             return None;
         }
-        let at = self.vmcs12.get(Field::EptpListAddress).wrapping_add(u64::from(index) << 3);
-        memory.read_u64(L1Gpa::new(at)).ok().filter(|eptp| eptp_is_valid(&self.config, *eptp))
+        switch_eptp(memory, &self.config, L1Gpa::new(self.vmcs12.get(Field::EptpListAddress)), index)
     }
 }
 

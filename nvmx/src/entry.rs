@@ -179,7 +179,7 @@ impl NestedVmx {
                     let efer = self.l2.cache.read(m.vmcs02, Field::GuestEfer);
                     let value = msr_list::guest_value(&self.config, field, entry.value, efer, paging);
                     if let Some(value) = value {
-                        self.l2.cache.write(m.vmcs02, field, value);
+                        self.put(m.vmcs02, field, value);
                     }
                     value.is_some()
                 }

@@ -124,6 +124,17 @@ impl Events {
         self.nmi || self.init || self.sipi.is_some() || self.interrupt.is_some() || self.shutdown
     }
 
+    /// Parts that a saved state holds: pending NMI, INIT, SIPI and interrupt.
+    pub(crate) const fn parts(&self) -> (bool, bool, Option<u8>, Option<u8>) {
+        (self.nmi, self.init, self.sipi, self.interrupt)
+    }
+
+    /// Sets the parts of a saved state.
+    pub(crate) const fn set_parts(&mut self, nmi: bool, init: bool, sipi: Option<u8>, interrupt: Option<u8>) {
+        (self.nmi, self.init, self.sipi, self.interrupt) = (nmi, init, sipi, interrupt);
+        self.active = true;
+    }
+
     /// Something is to be looked at before the next entry.
     pub(crate) const fn wake(&mut self) {
         self.active = true;
@@ -280,8 +291,8 @@ impl NestedVmx {
         // A SIPI for a processor that waits for none is lost.
         self.l2.events.sipi = None;
         let mut windows = 0;
-        let free = vmcs01.read32(Field::EntryInterruptionInfo) & interruption::VALID == 0;
         if self.l2.events.nmi {
+            let free = vmcs01.read32(Field::EntryInterruptionInfo) & interruption::VALID == 0;
             if free && nmi_open(vmcs01) {
                 self.l2.events.nmi = false;
                 Injection::nmi().write(vmcs01);

@@ -5,6 +5,7 @@ use hvcore::memory::GuestMemory;
 
 use crate::bits::interruption;
 use crate::controls::{pin, primary, secondary};
+use crate::ept::Pml;
 use crate::events::{Injection, may_interrupt_delivery};
 use crate::evmcs::Enlightenments;
 use crate::exit_reason::{self as r, ENTRY_FAILURE};
@@ -143,8 +144,8 @@ impl NestedVmx {
             r::CR_ACCESS => self.l2_cr_access(m),
             r::VMFUNC => self.l2_vmfunc(m),
             r::PREEMPTION_TIMER => self.l2_timer(m, reason),
-            r::MONITOR_TRAP_FLAG if injected.is_some_and(is_pending_mtf) => self.reflect(m),
-            _ if self.l1_wants(m.gprs, reason) => self.reflect(m),
+            r::MONITOR_TRAP_FLAG if injected.is_some_and(is_pending_mtf) => self.reflect_as(m, reason),
+            _ if self.l1_wants(m.gprs, reason) => self.reflect_as(m, reason),
             _ if self.own_window02(reason) => L2Exit::Resume,
             _ => L2Exit::Embedder { reason },
         }
@@ -199,7 +200,19 @@ impl NestedVmx {
         M: GuestMemory + ?Sized,
         L: ?Sized,
     {
-        let exit = Exit::of(m.vmcs02, m.vmcs02.read32(Field::ExitReason));
+        let reason = m.vmcs02.read32(Field::ExitReason);
+        self.reflect_as(m, reason)
+    }
+
+    /// As [`reflect`](Self::reflect), with the exit reason known.
+    pub(crate) fn reflect_as<V, G, M, L>(&mut self, m: &mut Machine<'_, V, G, M, L>, reason: u32) -> L2Exit
+    where
+        V: Vmcs + ?Sized,
+        G: Gprs + Msrs + ?Sized,
+        M: GuestMemory + ?Sized,
+        L: ?Sized,
+    {
+        let exit = Exit::of(m.vmcs02, reason);
         self.exit_to_l1(m, exit)
     }
 
@@ -215,13 +228,13 @@ impl NestedVmx {
         if self.l2.events.shutdown { L2Exit::Shutdown } else { L2Exit::ToL1 }
     }
 
-    /// Tells L1 of an EPT violation (`qualification`) or, without one, a misconfiguration in its EPT, at `gpa`. The
-    /// exit in VMCS02 is the one that showed it.
+    /// Tells L1 what its EPT makes of the access that VMCS02's exit shows: `reason` (48 violation, 49 misconfiguration,
+    /// 62 page-modification log full) and `qualification` as the shadow tables say, the addresses as the processor says.
     pub fn reflect_ept<V, G, M, L>(
         &mut self,
         m: &mut Machine<'_, V, G, M, L>,
-        gpa: L2Gpa,
-        qualification: Option<u64>,
+        reason: u32,
+        qualification: u64,
     ) -> L2Exit
     where
         V: Vmcs + ?Sized,
@@ -231,16 +244,24 @@ impl NestedVmx {
     {
         /// Qualification bit 7: the guest-linear address is valid.
         const LINEAR_VALID: u64 = 1 << 7;
-        let mut exit = match qualification {
-            Some(value) => Exit::simple(r::EPT_VIOLATION, value),
-            None => Exit::simple(r::EPT_MISCONFIGURATION, 0),
-        };
-        exit.physical = gpa.raw();
-        exit.instruction_length = m.vmcs02.read32(Field::ExitInstructionLength);
-        if exit.qualification & LINEAR_VALID != 0 {
+        let mut exit = Exit::simple(reason, qualification);
+        if reason != r::PML_FULL {
+            exit.physical = m.vmcs02.read(Field::GuestPhysicalAddress);
+            exit.instruction_length = m.vmcs02.read32(Field::ExitInstructionLength);
+        }
+        if reason == r::EPT_VIOLATION && qualification & LINEAR_VALID != 0 {
             exit.linear = m.vmcs02.read(Field::GuestLinearAddress);
         }
         self.exit_to_l1(m, exit)
+    }
+
+    /// L1's page-modification log for the L2 that runs, `None` when it keeps none. What the shadow tables log moves its
+    /// index: give that to [`set_pml_index`](Self::set_pml_index).
+    pub fn pml(&self) -> Option<Pml> {
+        self.has12(secondary::PML).then(|| Pml {
+            address: L1Gpa::new(self.vmcs12.get(Field::PmlAddress)),
+            index: self.vmcs12.get(Field::PmlIndex) as u16,
+        })
     }
 
     /// The exit that Hyper-V synthesizes after a direct flush while the caller's TLB is locked. RIP is past the call
@@ -295,7 +316,7 @@ impl NestedVmx {
                 return L2Exit::DirectFlush;
             }
         }
-        self.reflect(m)
+        self.reflect_as(m, r::VMCALL)
     }
 
     fn l2_timer<V, G, M, L>(&mut self, m: &mut Machine<'_, V, G, M, L>, reason: u32) -> L2Exit
@@ -310,7 +331,7 @@ impl NestedVmx {
             return L2Exit::Resume;
         }
         let ours = self.own_known().pin & pin::PREEMPTION_TIMER == 0 && self.pin12(pin::PREEMPTION_TIMER);
-        if ours { self.reflect(m) } else { L2Exit::Embedder { reason } }
+        if ours { self.reflect_as(m, reason) } else { L2Exit::Embedder { reason } }
     }
 
     /// The processor found at the entry itself that L2's state is no good.

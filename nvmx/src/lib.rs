@@ -31,6 +31,7 @@ mod machine;
 pub mod msr;
 mod msr_list;
 mod operand;
+pub mod save;
 mod state;
 pub mod step;
 mod timer;

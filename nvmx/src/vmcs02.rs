@@ -107,6 +107,8 @@ pub(crate) struct L2 {
     pub(crate) primary: u32,
     /// Pin-based controls of VMCS02 without a timer of the library's own.
     pub(crate) pin: u32,
+    /// VMCS01's interruptibility state at L1's VM entry, when it is known.
+    pub(crate) blocking01: Option<u32>,
     /// The VPID that VMCS01 holds, when it is known.
     pub(crate) vpid01: Option<u16>,
     /// The last entry was merged with this MSR bitmap of L1's.
@@ -281,7 +283,13 @@ impl NestedVmx {
         self.vmcs12.get32(Field::PinBasedControls) & bit != 0
     }
 
-    fn put<V: Vmcs + ?Sized>(&mut self, vmcs02: &mut V, field: Field, value: u64) {
+    /// Writes a field of VMCS02. If VMCS12 has yet to learn its value, it does so first.
+    pub(crate) fn put<V: Vmcs + ?Sized>(&mut self, vmcs02: &mut V, field: Field, value: u64) {
+        if self.l2.stale.contains(field) {
+            let saved = self.l2.cache.read(vmcs02, field);
+            self.vmcs12.set(field, saved);
+            self.l2.stale.remove(field);
+        }
         self.l2.cache.write(vmcs02, field, value);
     }
 
@@ -640,13 +648,11 @@ impl NestedVmx {
     fn load_conditional<V: Vmcs + ?Sized>(&mut self, vmcs02: &mut V, l1: &Inherited) {
         let entry12 = self.vmcs12.get32(Field::EntryControls);
         let long = entry12 & entry::IA32E_MODE_GUEST != 0;
+        // Without paging, LME stays as L1 has it.
+        let paging = self.vmcs12.get(Field::GuestCr0) & cr0::PG != 0;
+        let kept = if paging { !(efer::LME | efer::LMA) } else { !efer::LMA };
         let modes = if long { efer::LME | efer::LMA } else { 0 };
-        self.load_or(
-            vmcs02,
-            entry12 & entry::LOAD_EFER != 0,
-            Field::GuestEfer,
-            l1.efer & !(efer::LME | efer::LMA) | modes,
-        );
+        self.load_or(vmcs02, entry12 & entry::LOAD_EFER != 0, Field::GuestEfer, l1.efer & kept | modes);
         self.load_or(vmcs02, entry12 & entry::LOAD_PAT != 0, Field::GuestPat, l1.pat);
         let debug = entry12 & entry::LOAD_DEBUG_CONTROLS != 0;
         self.load_or(vmcs02, debug, Field::GuestDr7, l1.dr7);

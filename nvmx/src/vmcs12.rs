@@ -80,6 +80,12 @@ impl Vmcs12 {
         if self.launch_state == 1 { LaunchState::Launched } else { LaunchState::Clear }
     }
 
+    /// True when the launch state in memory is one that this library writes.
+    #[inline]
+    pub(crate) const fn launch_state_is_defined(&self) -> bool {
+        self.launch_state <= 1
+    }
+
     /// Sets the launch state.
     #[inline]
     pub const fn set_launch_state(&mut self, state: LaunchState) {

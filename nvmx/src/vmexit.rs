@@ -288,7 +288,6 @@ impl NestedVmx {
         self.l2.events.injection = None;
         self.l2.events.nmi_unblocked = false;
         self.l2.events.run_pending = false;
-        self.l2.events.wake();
         self.level = Level::L1;
         let inherited_pat = self.inherited_pat(m.vmcs02, exit.reason);
         let efer = self.load_host(m, &own, &left, inherited_pat);
@@ -482,10 +481,12 @@ impl NestedVmx {
             (Field::GuestSysenterCs, self.vmcs12.get(Field::HostSysenterCs)),
             (Field::GuestSysenterEsp, self.vmcs12.get(Field::HostSysenterEsp)),
             (Field::GuestSysenterEip, self.vmcs12.get(Field::HostSysenterEip)),
-            // Activity and pending debug exceptions are as VMLAUNCH or VMRESUME left them: none.
-            (Field::GuestInterruptibility, blocking.into()),
         ] {
             vmcs01.write(field, value);
+        }
+        // Activity and pending debug exceptions are as VMLAUNCH or VMRESUME left them: none.
+        if self.l2.blocking01.take() != Some(blocking) {
+            vmcs01.write(Field::GuestInterruptibility, blocking.into());
         }
         self.load_host_segments(vmcs01, wide);
         self.load_host_msrs(m, own, exit12);

@@ -47,7 +47,12 @@ impl Target {
     /// The compiler flags that make an image of a program, for `CARGO_ENCODED_RUSTFLAGS`.
     fn flags(self, ctx: &Ctx) -> String {
         let script = ctx.root.join("examples/rt/link.ld");
-        let mut flags = vec!["--cfg".into(), "freestanding".into(), "-Crelocation-model=static".into()];
+        let mut flags = vec![
+            "--cfg".into(),
+            "freestanding".into(),
+            "-Crelocation-model=static".into(),
+            "-Ccode-model=kernel".into(),
+        ];
         let mut link = vec![format!("-T{}", script.display()), "-zmax-page-size=4096".into()];
         if self == Target::Host {
             link.extend(["-nostdlib", "-static", "-no-pie"].map(String::from));

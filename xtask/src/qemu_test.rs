@@ -1,7 +1,7 @@
 //! `cargo xtask qemu-test`: builds the images, runs the scenarios on emulated machines, prints a table.
 
 use crate::ctx::{Ctx, Log, Result};
-use crate::images::Freestanding;
+use crate::images::{self, Freestanding, Target};
 use crate::machine::Accel;
 use crate::qemu_run::{self, Ingredients, Options};
 use crate::results::{self, ResultLine, Verdict};
@@ -57,7 +57,7 @@ pub fn run(ctx: &Ctx, args: Args) -> Result<()> {
         list();
         return Ok(());
     }
-    let chosen = choose(&args);
+    let chosen = choose(&args, images::choose(ctx, args.freestanding)?);
     let options = Options {
         accel: args.accel,
         timeout: args.timeout,
@@ -114,8 +114,8 @@ fn list() {
     }
 }
 
-/// What the command line names, or all that takes no minutes.
-fn choose(args: &Args) -> Vec<Chosen> {
+/// What the command line names, or all that takes no minutes and is about images for `target`.
+fn choose(args: &Args, target: Target) -> Vec<Chosen> {
     let mut chosen: Vec<Chosen> = Vec::new();
     for scenario in SCENARIOS {
         // With one number of processors for all, runs that differ in nothing else are one.
@@ -123,12 +123,20 @@ fn choose(args: &Args) -> Vec<Chosen> {
             continue;
         }
         let one = match args.scenario.as_slice() {
-            [] => (args.all || !scenario.slow).then(|| Chosen::whole(scenario)),
+            [] => (is_for(scenario, target) && (args.all || !scenario.slow)).then(|| Chosen::whole(scenario)),
             names => Chosen::named(scenario, names),
         };
         chosen.extend(one);
     }
     chosen
+}
+
+/// The host's target shows that the runtime works there, and that L0 does not: no scenario need run twice.
+fn is_for(scenario: &Scenario, target: Target) -> bool {
+    match target {
+        Target::Host => scenario.image == "selftest" || scenario.sse,
+        Target::None => !scenario.sse,
+    }
 }
 
 fn differs_in_cpus_only(a: &Scenario, b: &Scenario) -> bool {
@@ -149,8 +157,8 @@ fn summary(lines: &[ResultLine]) -> String {
 /// For a stage of `cargo xtask test`: everything, or what the runtime itself needs, with the table in the log.
 pub fn stage(ctx: &Ctx, log: &mut Log, freestanding: Freestanding) -> Result<String> {
     let options = Options { accel: Accel::Tcg, timeout: None, smp: None, churn: None, icount: false, trace: None };
-    // The second target shows that the runtime works there: the nested scenarios need not run twice.
-    let runs_here = |s: &&Scenario| !s.slow && (freestanding != Freestanding::Host || s.image == "selftest");
+    let target = images::choose(ctx, freestanding)?;
+    let runs_here = |s: &&Scenario| is_for(s, target) && !s.slow;
     let chosen: Vec<Chosen> = SCENARIOS.iter().filter(runs_here).map(Chosen::whole).collect();
     let ingredients = Ingredients::prepare(ctx, log, &chosen, freestanding)?;
     let mut table = vec![results::heading()];

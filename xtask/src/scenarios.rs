@@ -116,6 +116,8 @@ pub struct Scenario {
     pub expect: Expect,
     /// The scenario that does the same on the bare emulator: what fails there as well is the emulator's fault.
     pub control: Option<&'static str>,
+    /// Is about images with SSE: runs with those for the host's target alone.
+    pub sse: bool,
     /// Takes minutes: runs when it is named, or with `--all`.
     pub slow: bool,
     /// Seconds after which it has failed, unless `--timeout` says otherwise.
@@ -167,6 +169,7 @@ const BASE: Scenario = Scenario {
     typed: None,
     expect: Expect::Success,
     control: None,
+    sse: false,
     slow: false,
     timeout: 120,
 };
@@ -341,6 +344,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "vmx-smallest", image: "l0", modules: SMALLEST_L1, machine: BOCHS, ..BASE },
     Scenario { name: "vmx-smallest-plain", image: "l0", args: "enlighten=off", modules: SMALLEST_L1, machine: BOCHS, ..BASE },
     Scenario { name: "l0-boot-2-processors", image: "l0", modules: RUNTIME_AS_L1, cpus: 2, machine: BOCHS, ..BASE },
+    Scenario { name: "l0-refuses-sse", image: "l0", modules: RUNTIME_AS_L1, sse: true, expect: Expect::GaveUp("built with SSE"), ..BASE },
     // The small hypervisor and its guests on the L0 hypervisor.
     SVM,
     Scenario { modules: ALL_OF_IT, cpus: 2, ..SVM },

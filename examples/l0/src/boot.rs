@@ -1,6 +1,7 @@
 //! From the runtime's `main` to a running L1: checks, tables, L1's image, then every processor into its run loop.
 
 use core::cell::UnsafeCell;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use arrayvec::ArrayVec;
 use hw::apic::LocalApic;
@@ -51,6 +52,8 @@ const HEAP_BYTES: usize = 24 << 20;
 static HEAP: Reserve<[u8; HEAP_BYTES]> = Reserve(UnsafeCell::new([0; HEAP_BYTES]));
 
 static SHARED: Once<Shared> = Once::new();
+/// All processors have started, and L0's tables are as they stay. Release and Acquire carry the tables over.
+static STARTED: AtomicBool = AtomicBool::new(false);
 static ENTRY: Mutex<Option<Start>> = Mutex::new(None);
 
 /// How L1's boot processor starts.
@@ -66,7 +69,7 @@ unsafe extern "C" {
     static __image_end: u8;
 }
 
-/// Where L0 lies: whole 2 MiB pages.
+/// The virtual addresses at which L0 runs: whole 2 MiB pages.
 fn image() -> Range {
     const MIB2: u64 = 2 << 20;
     #[cfg(freestanding)]
@@ -112,6 +115,9 @@ pub fn main(boot: &'static BootInfo) -> ExitCode {
     if let Err(missing) = rt::smp::start(cpus, other) {
         give_up(format_args!("{cpus} processors asked for, {} came", missing.online));
     }
+    // The processors started at their own low addresses; all have left them.
+    relocate::forget_low(&HOST_TABLES);
+    STARTED.store(true, Ordering::Release);
     run(0)
 }
 
@@ -193,9 +199,10 @@ fn has_word(boot: &BootInfo, word: &str) -> bool {
 /// Moves the image and the modules to the top of memory, where that is possible; where the image is then.
 fn settle_down(boot: &BootInfo, modules: &mut ArrayVec<Module<'_>, { rt::multiboot::MAX_MODULES }>) -> Range {
     let image = image();
+    let loaded_at = relocate::loaded_at(image);
     let (low_end, high_end) = ends(boot);
-    let target = relocate::destination(image, low_end, modules.iter());
-    let place = target.unwrap_or(image);
+    let target = relocate::destination(loaded_at, low_end, modules.iter());
+    let place = target.unwrap_or(loaded_at);
     let Ok(cr3) = relocate::tables(&HOST_TABLES, image, place, high_end) else {
         give_up(format_args!("more memory than L0 maps: {high_end:#x}"));
     };
@@ -209,7 +216,7 @@ fn settle_down(boot: &BootInfo, modules: &mut ArrayVec<Module<'_>, { rt::multibo
         None => {
             // SAFETY: the tables map all that the runtime's do at the same addresses, and more.
             unsafe { cpu::write_cr3(cr3) };
-            say!("l0: no room to move to: L0 stays at {:#x}", image.start);
+            say!("l0: no room to move to: L0 stays at {:#x}", loaded_at.start);
         }
     }
     place
@@ -248,6 +255,9 @@ fn load_l1(modules: &[Module<'_>], shared: &Shared, map: &[Region]) {
 }
 
 fn other(this: &'static rt::cpu::Cpu) {
+    while !STARTED.load(Ordering::Acquire) {
+        cpu::pause();
+    }
     run(this.index as usize);
 }
 
@@ -256,6 +266,8 @@ fn run(id: usize) -> ! {
     let (Some(shared), Some(pages)) = (SHARED.get(), vp_pages(id)) else {
         give_up(format_args!("processor {id} started too early, or is one too many"));
     };
+    // SAFETY: the tables in use, in which this processor needs no low address any more.
+    unsafe { cpu::write_cr3(cpu::cr3()) };
     let svm = match &shared.vendor {
         Vendor::Svm(svm) => svm,
         Vendor::Vmx(vmx) => run_vmx(id, shared, vmx),

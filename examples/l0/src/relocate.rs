@@ -1,8 +1,9 @@
 //! L0 moves itself and its modules to the top of memory below 4 GiB, so that L1 has the rest in one piece.
 //!
-//! The image keeps its virtual addresses; from the move on they lead to the copy. Physical memory, L1's included, is
-//! reached at [`DIRECT_MAP`]. Used once, by [`crate::boot`], before anything is allocated
-//! and before other processors run.
+//! The image keeps its virtual addresses, at the top of the address space; from the move on they lead to the copy.
+//! Physical memory, L1's included, is reached at [`DIRECT_MAP`]. Memory below 4 GiB is also mapped to itself until all
+//! processors have started ([`forget_low`]). Used once, by [`crate::boot`], before anything is allocated and before
+//! other processors run.
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -15,8 +16,14 @@ use crate::npt01::{OutOfPages, TablePage, bits};
 const MIB2: u64 = 2 << 20;
 const GIB: u64 = 1 << 30;
 
-/// Physical minus virtual address of the image. Written once, before the move.
-static MOVED_BY: AtomicU64 = AtomicU64::new(0);
+/// Virtual minus physical address of the image where the boot loader puts it.
+const IMAGE_OFFSET: u64 = match u64::from_str_radix(env!("IMAGE_OFFSET"), 16) {
+    Ok(offset) => offset,
+    Err(_) => panic!("the build script states no address"),
+};
+
+/// Physical minus virtual address of the image. Written once, at the move.
+static MOVED_BY: AtomicU64 = AtomicU64::new(0u64.wrapping_sub(IMAGE_OFFSET));
 
 /// Physical address of `object`, a static of the image or memory of its heap.
 pub fn phys_of<T: ?Sized>(object: *const T) -> u64 {
@@ -24,10 +31,15 @@ pub fn phys_of<T: ?Sized>(object: *const T) -> u64 {
     (object.cast::<u8>() as u64).wrapping_add(MOVED_BY.load(Ordering::Relaxed))
 }
 
+/// Where the boot loader put the image that runs at the virtual addresses `image`.
+pub fn loaded_at(image: Range) -> Range {
+    Range { start: image.start.wrapping_sub(IMAGE_OFFSET), end: image.end.wrapping_sub(IMAGE_OFFSET) }
+}
+
 /// Pages that L0's own tables need for `memory` bytes of physical memory: the top, one table for each of the two maps,
-/// one directory for each GiB, and another for the one that holds the image.
+/// one directory for each GiB, and two tables for the image.
 pub const fn table_pages(memory: u64) -> usize {
-    4 + memory.div_ceil(GIB) as usize
+    5 + memory.div_ceil(GIB) as usize
 }
 
 /// Where the image can go: as high below 4 GiB as RAM that ends at `low_end` allows, clear of the image itself and of
@@ -40,8 +52,9 @@ pub fn destination<'a>(image: Range, low_end: u64, modules: impl IntoIterator<It
     clear.then_some(target)
 }
 
-/// Fills L0's own tables in `pages` (statics of the image, zero): the first 4 GiB at their own addresses but for the
-/// image's, which lead to `target`; and physical memory up to `end` at `DIRECT_MAP`. The value for CR3.
+/// Fills L0's own tables in `pages` (statics of the image, zero): the virtual addresses of `image`, which lead to the
+/// physical ones of `target`; the first 4 GiB at their own addresses; and physical memory up to `end` at `DIRECT_MAP`.
+/// The value for CR3. The image lies in one GiB, and in a part of the address space of its own.
 ///
 /// The tables hold the addresses that they have after the move.
 pub fn tables(pages: &[TablePage], image: Range, target: Range, end: u64) -> Result<u64, OutOfPages> {
@@ -51,9 +64,10 @@ pub fn tables(pages: &[TablePage], image: Range, target: Range, end: u64) -> Res
     if pages.len() < table_pages(end.max(FOUR_GIB)) || gibs > 512 {
         return Err(OutOfPages);
     }
-    let (top, low, direct, window, directories) = (0, 1, 2, 3, 4);
+    let (top, low, direct, high, window, directories) = (0, 1, 2, 3, 4, 5);
     pages[top].set(0, pa(low));
     pages[top].set((DIRECT_MAP >> 39) as usize & 511, pa(direct));
+    pages[top].set((image.start >> 39) as usize & 511, pa(high));
     for gib in 0..gibs {
         for i in 0..512 {
             pages[directories + gib].set(i, large(gib as u64 * GIB + i as u64 * MIB2));
@@ -63,13 +77,17 @@ pub fn tables(pages: &[TablePage], image: Range, target: Range, end: u64) -> Res
             pages[low].set(gib, pa(directories + gib));
         }
     }
-    let gib = image.start / GIB;
-    for i in 0..512 {
-        let va = gib * GIB + i as u64 * MIB2;
-        pages[window].set(i, large(if image.contains(va) { va.wrapping_add(offset) } else { va }));
+    pages[high].set((image.start >> 30) as usize & 511, pa(window));
+    for va in (image.start..image.end).step_by(MIB2 as usize) {
+        pages[window].set((va >> 21) as usize & 511, large(va.wrapping_add(offset)));
     }
-    pages[low].set(gib as usize, pa(window));
     Ok((&raw const pages[top] as u64).wrapping_add(offset))
+}
+
+/// Takes the memory below 4 GiB at its own addresses out of the tables in `pages`, which [`tables`] filled: an address
+/// of L1's that is taken for one of L0's faults from now on. Each processor writes CR3 to forget it.
+pub fn forget_low(pages: &[TablePage]) {
+    pages[0].set(0, 0);
 }
 
 /// The entry for the 2 MiB at `pa`; devices below 4 GiB are not cached.
@@ -77,7 +95,7 @@ fn large(pa: u64) -> u64 {
     pa | bits::HOST_LARGE | if (0xc000_0000..FOUR_GIB).contains(&pa) { bits::UNCACHED } else { 0 }
 }
 
-/// Copies the image to `target` and goes on there, on the tables of `cr3`.
+/// Copies the image, which runs at the virtual addresses `image`, to `target` and goes on there, on the tables of `cr3`.
 ///
 /// # Safety
 /// `cr3` is from [`tables`] for the same ranges; `target` is free RAM, mapped at its own address now; interrupts are
@@ -130,7 +148,9 @@ mod tests {
         Module { range: Range { start, end }, string: b"" }
     }
 
+    /// Where it is loaded, and where it runs.
     const IMAGE: Range = Range { start: 64 << 20, end: 90 << 20 };
+    const HIGH: Range = Range { start: 0xffff_ffff_8400_0000, end: 0xffff_ffff_85a0_0000 };
 
     #[test]
     fn the_image_goes_to_the_top_if_that_is_free() {
@@ -149,22 +169,29 @@ mod tests {
     fn the_image_keeps_its_addresses_and_memory_is_all_there() {
         let pages: Vec<TablePage> = (0..table_pages(FOUR_GIB)).map(|_| TablePage::new()).collect();
         let target = Range { start: 200 << 20, end: 226 << 20 };
-        let cr3 = tables(&pages, IMAGE, target, 0).unwrap();
+        let cr3 = tables(&pages, HIGH, target, 0).unwrap();
         let base = pages.as_ptr() as u64;
-        let offset = target.start - IMAGE.start;
-        assert_eq!(cr3, base + offset);
+        let offset = target.start.wrapping_sub(HIGH.start);
+        assert_eq!(cr3, base.wrapping_add(offset));
         let walk = |va: u64| {
-            let table = |entry: u64| &pages[((entry & 0x000f_ffff_ffff_f000) - offset - base) as usize / 4096];
+            let table = |entry: u64| {
+                let at =
+                    (entry & 0x000f_ffff_ffff_f000).wrapping_sub(base.wrapping_add(offset) & 0x000f_ffff_ffff_f000);
+                (entry & 1 != 0).then(|| &pages[at as usize / 4096])
+            };
             let e = pages[0].entry((va >> 39) as usize & 511);
-            let e = table(e).entry((va >> 30) as usize & 511);
-            let e = table(e).entry((va >> 21) as usize & 511);
-            (e & 0x000f_ffff_ffe0_0000) + (va & 0x1f_ffff)
+            let e = table(e)?.entry((va >> 30) as usize & 511);
+            let e = table(e)?.entry((va >> 21) as usize & 511);
+            (e & 1 != 0).then_some((e & 0x000f_ffff_ffe0_0000) + (va & 0x1f_ffff))
         };
-        assert_eq!(walk(IMAGE.start), target.start);
-        assert_eq!(walk(IMAGE.end - 1), target.end - 1);
-        assert_eq!((walk(IMAGE.start - 1), walk(IMAGE.end)), (IMAGE.start - 1, IMAGE.end));
-        assert_eq!(walk(DIRECT_MAP + IMAGE.start + 5), IMAGE.start + 5);
-        assert_eq!(walk(0xfee0_0000), 0xfee0_0000);
-        assert!(tables(&pages[1..], IMAGE, target, 0).is_err());
+        assert_eq!(walk(HIGH.start), Some(target.start));
+        assert_eq!(walk(HIGH.end - 1), Some(target.end - 1));
+        assert_eq!((walk(HIGH.start - 1), walk(HIGH.end)), (None, None));
+        assert_eq!(walk(DIRECT_MAP + IMAGE.start + 5), Some(IMAGE.start + 5));
+        assert_eq!((walk(0xfee0_0000), walk(IMAGE.start)), (Some(0xfee0_0000), Some(IMAGE.start)));
+        assert!(tables(&pages[1..], HIGH, target, 0).is_err());
+        forget_low(&pages);
+        assert_eq!((walk(0xfee0_0000), walk(0x8000)), (None, None));
+        assert_eq!(walk(HIGH.start), Some(target.start));
     }
 }

@@ -7,19 +7,22 @@ use core::panic::PanicInfo;
 use spin::Once;
 
 // The header has the address fields (flags bit 16): without them QEMU refuses a 64-bit ELF file. It maps the first
-// 4 GiB to themselves with 2 MiB pages and enables SSE, which compiled code may use from the first instruction on.
+// 4 GiB to themselves with 2 MiB pages, the first 2 GiB also at 0xFFFF_FFFF_8000_0000, and enables SSE, which compiled
+// code may use from the first instruction on. Symbols in `_pa` are physical addresses (see link.ld): the image runs at
+// its own addresses from the call on.
 global_asm!(
+    ".globl rt_multiboot, rt_pml4, rt_pdpt, rt_directories, rt_boot_stack_top, rt_boot_gdt, rt_boot_gdt_pointer, rt_long",
     ".section .multiboot, \"a\"",
     ".balign 4",
     "rt_multiboot:",
     ".long 0x1BADB002",
     ".long 0x00010003", // address fields; memory map; modules on page boundaries
     ".long -(0x1BADB002 + 0x00010003)",
-    ".long rt_multiboot",
-    ".long __image_start",
-    ".long __load_end",
-    ".long __image_end",
-    ".long _start",
+    ".long rt_multiboot_pa",
+    ".long rt_image_start_pa",
+    ".long rt_load_end_pa",
+    ".long rt_image_end_pa",
+    ".long rt_start_pa",
     ".section .bss.rt_boot, \"aw\", @nobits",
     ".balign 4096",
     "rt_pml4: .skip 4096",
@@ -33,10 +36,10 @@ global_asm!(
     "_start:",
     "cli",
     "cld",
-    "movl $rt_boot_stack_top, %esp",
+    "movl $rt_boot_stack_top_pa, %esp",
     "movl %eax, %ebp",
     // 2048 large pages: present, writable, 2 MiB.
-    "movl $rt_directories, %edi",
+    "movl $rt_directories_pa, %edi",
     "movl $0x83, %eax",
     "movl $2048, %ecx",
     "2:",
@@ -46,14 +49,17 @@ global_asm!(
     "addl $8, %edi",
     "decl %ecx",
     "jnz 2b",
-    "movl $rt_directories + 0x0003, rt_pdpt",
-    "movl $rt_directories + 0x1003, rt_pdpt + 8",
-    "movl $rt_directories + 0x2003, rt_pdpt + 16",
-    "movl $rt_directories + 0x3003, rt_pdpt + 24",
-    "movl $rt_pdpt + 0x0003, rt_pml4",
+    "movl $rt_directories_pa + 0x0003, rt_pdpt_pa",
+    "movl $rt_directories_pa + 0x1003, rt_pdpt_pa + 8",
+    "movl $rt_directories_pa + 0x2003, rt_pdpt_pa + 16",
+    "movl $rt_directories_pa + 0x3003, rt_pdpt_pa + 24",
+    "movl $rt_directories_pa + 0x0003, rt_pdpt_pa + 8 * 510",
+    "movl $rt_directories_pa + 0x1003, rt_pdpt_pa + 8 * 511",
+    "movl $rt_pdpt_pa + 0x0003, rt_pml4_pa",
+    "movl $rt_pdpt_pa + 0x0003, rt_pml4_pa + 8 * 511",
     "movl $0x620, %eax", // CR4: PAE, OSFXSR, OSXMMEXCPT
     "movl %eax, %cr4",
-    "movl $rt_pml4, %eax",
+    "movl $rt_pml4_pa, %eax",
     "movl %eax, %cr3",
     "movl $0xC0000080, %ecx", // EFER: LME
     "rdmsr",
@@ -61,8 +67,8 @@ global_asm!(
     "wrmsr",
     "movl $0x80000033, %eax", // CR0: PE, MP, ET, NE, PG
     "movl %eax, %cr0",
-    "lgdtl rt_boot_gdt_pointer",
-    "ljmpl $0x08, $rt_long",
+    "lgdtl rt_boot_gdt_pointer_pa",
+    "ljmpl $0x08, $rt_long_pa",
     ".balign 8",
     "rt_boot_gdt:",
     ".quad 0",
@@ -70,26 +76,31 @@ global_asm!(
     ".quad 0x00CF93000000FFFF",
     "rt_boot_gdt_pointer:",
     ".word 23",
-    ".long rt_boot_gdt",
+    ".long rt_boot_gdt_pa",
     ".code64",
     "rt_long:",
     "movl $0x10, %eax",
     "movl %eax, %ds",
     "movl %eax, %es",
     "movl %eax, %ss",
-    "movl $rt_boot_stack_top, %esp",
+    "movabsq $rt_boot_stack_top, %rsp",
     "movl %ebp, %edi",
     "movl %ebx, %esi",
     "xorl %ebp, %ebp",
-    "call {start}",
+    "movabsq ${start}, %rax",
+    "call *%rax",
     "ud2",
+    ".section .rodata.rt_image_end, \"a\"",
+    ".balign 8",
+    "rt_image_end: .quad rt_image_end_pa",
     ".text",
     start = sym start,
     options(att_syntax),
 );
 
 unsafe extern "C" {
-    static __image_end: u8;
+    /// Where the image ends, a physical address.
+    static rt_image_end: u64;
 }
 
 unsafe extern "Rust" {
@@ -122,7 +133,8 @@ extern "C" fn start(magic: u32, info: u32) -> ! {
     if boot.argument("debug-port") == Some("e9") {
         serial::also_to_port_e9();
     }
-    frames::init(boot, (&raw const __image_end) as u64);
+    // SAFETY: a constant, in the assembly above.
+    frames::init(boot, unsafe { rt_image_end });
     apic::enable();
     // SAFETY: `entry!` defines it with this signature.
     let code = unsafe { rt_main(boot) };

@@ -21,7 +21,7 @@ const RESERVED: u32 = 1 << 8;
 /// Vectors of exceptions with an error code: 8, 10 to 14, 17.
 const WITH_ERROR_CODE: u32 = 1 << 8 | 0x1F << 10 | 1 << 17;
 
-pub(super) fn check(vmcs: &Vmcs12, config: &Config) -> Result<(), Controls> {
+pub(crate) fn check(vmcs: &Vmcs12, config: &Config) -> Result<(), Controls> {
     match injected(vmcs) {
         None => Ok(()),
         Some((kind, vector)) => valid(vmcs, config, kind, vector),

@@ -19,6 +19,7 @@ mod segments;
 
 pub(crate) use controls::eptp_is_valid;
 pub use controls::{Controls, controls};
+pub(crate) use event::check as event;
 pub(crate) use guest::pdptes_at;
 pub use guest::{Guest, guest};
 pub use host::{Host, host};

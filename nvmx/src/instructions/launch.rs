@@ -69,7 +69,9 @@ impl NestedVmx {
             // An enlightened VMCS has no launch state.
             Current::Enlightened(gpa) => (gpa, !launch),
         };
-        if m.vmcs01.read32(Field::GuestInterruptibility) & interruptibility::MOV_SS != 0 {
+        let blocking = m.vmcs01.read32(Field::GuestInterruptibility);
+        self.l2.blocking01 = Some(blocking);
+        if blocking & interruptibility::MOV_SS != 0 {
             return Ok(Err(Done::Fail(error::MOV_SS)));
         }
         if launch == launched {

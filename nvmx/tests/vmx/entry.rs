@@ -50,7 +50,7 @@ fn an_ept_violation_is_for_the_shadow_tables() {
     let gpa = L2Gpa::new(0x1234_5678);
     assert_eq!(rig.l2(exit_reason::EPT_VIOLATION), L2Exit::EptViolation { gpa, qualification: 0x182 });
     assert_eq!(rig.nested.level(), Level::L2);
-    let outcome = rig.call(|nested, m| nested.reflect_ept(m, gpa, Some(0x18A)));
+    let outcome = rig.call(|nested, m| nested.reflect_ept(m, 48, 0x18A));
     assert_eq!(outcome, L2Exit::ToL1);
     assert_eq!(rig.told(Field::ExitReason), 48);
     assert_eq!(rig.told(Field::ExitQualification), 0x18A);

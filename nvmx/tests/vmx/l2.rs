@@ -1,9 +1,11 @@
 //! What tests of L2's side need: an L1 that has entered L2, and exits of L2.
 
+use hvcore::addr::L1Gpa;
+use hvcore::tlfs_abi::assist::vp_assist_offset;
 use nvmx::field::Field;
 use nvmx::{Entry, EntryPlan, L1Exit, L2Exit, exit_reason};
 
-use crate::rig::{End, Rig};
+use crate::rig::{ASSIST, EVMCS, End, FakeVmcs, Rig, VMXON, valid};
 
 impl Rig {
     /// A rig whose L1 has filled in its VMCS, not launched.
@@ -64,5 +66,62 @@ impl Rig {
         let (end, value) = self.vmread(field.encoding());
         assert_eq!(end, End::Succeed, "{field:?}");
         value
+    }
+}
+
+impl Rig {
+    /// A rig whose L1 has announced an enlightened VMCS that passes every check.
+    pub fn announced() -> Self {
+        let mut rig = Self::enlightened();
+        assert_eq!(rig.vmxon(VMXON), End::Succeed);
+        rig.assist_page = Some(L1Gpa::new(ASSIST));
+        rig.write(ASSIST + vp_assist_offset::ENLIGHTEN_VM_ENTRY, &1u64.to_le_bytes());
+        rig.write(ASSIST + vp_assist_offset::CURRENT_NESTED_VMCS, &EVMCS.to_le_bytes());
+        rig.write(EVMCS, &1u32.to_le_bytes());
+        for (field, value) in valid(rig.nested.config()) {
+            rig.set_evmcs(field, value);
+        }
+        rig
+    }
+
+    /// Writes a field of the enlightened VMCS, as L1 does; clean fields stay.
+    pub fn set_evmcs(&self, field: Field, value: u64) {
+        let place = field.evmcs().unwrap();
+        self.write(EVMCS + u64::from(place.offset), &value.to_le_bytes()[..place.size.into()]);
+    }
+
+    /// A field of the enlightened VMCS in L1's memory.
+    pub fn evmcs(&self, field: Field) -> u64 {
+        let place = field.evmcs().unwrap();
+        let bytes: [u8; 8] = self.read(EVMCS + u64::from(place.offset));
+        u64::from_le_bytes(bytes) & u64::MAX >> (64 - 8 * u32::from(place.size))
+    }
+
+    /// VMREADs and VMWRITEs of both VMCSs, and bytes of L1's memory read, since the last call.
+    pub fn spent(&mut self) -> Spent {
+        let reads = |vmcs: &FakeVmcs| vmcs.reads.replace(Vec::new());
+        Spent {
+            reads: [reads(&self.vmcs01), reads(&self.vmcs02)],
+            writes: [&mut self.vmcs01, &mut self.vmcs02].map(|vmcs| std::mem::take(&mut vmcs.writes)),
+            bytes: self.memory.bytes_read.take(),
+        }
+    }
+}
+
+/// What a step cost L0; VMCS01 first.
+#[derive(Debug)]
+pub struct Spent {
+    pub reads: [Vec<Field>; 2],
+    pub writes: [Vec<Field>; 2],
+    pub bytes: usize,
+}
+
+impl Spent {
+    pub fn vmreads(&self) -> usize {
+        self.reads.iter().map(Vec::len).sum()
+    }
+
+    pub fn vmwrites(&self) -> usize {
+        self.writes.iter().map(Vec::len).sum()
     }
 }

@@ -3,12 +3,16 @@
 #![allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::unwrap_used, clippy::panic)]
 
 mod access;
+mod economy;
 mod entry;
+mod evmcs;
 mod invalidate;
 mod l2;
+mod launch;
 mod msrs;
 mod operand;
 mod region;
 mod rig;
+mod save;
 mod vmxon;
 mod vpid;

@@ -21,6 +21,10 @@ pub const OTHER: u64 = 0x1_1000;
 pub const VMXON: u64 = 0x1_2000;
 /// L1's MSR bitmap.
 pub const MSR_BITMAP12: u64 = 0x2_0000;
+/// L1's VP assist page.
+pub const ASSIST: u64 = 0x4_0000;
+/// L1's enlightened VMCS.
+pub const EVMCS: u64 = 0x4_1000;
 /// Where memory operands are; linear addresses are physical ones.
 pub const OPERAND: u64 = 0x5_0000;
 /// Where L1's code is.
@@ -315,6 +319,11 @@ fn segments() -> Vec<(Field, u64)> {
 impl Rig {
     pub fn new() -> Self {
         Self::with(Config::all(host(), false, false).unwrap())
+    }
+
+    /// L1 may use the enlightened VMCS.
+    pub fn enlightened() -> Self {
+        Self::with(Config::all(host(), true, false).unwrap())
     }
 
     pub fn with(config: Config) -> Self {

@@ -54,7 +54,9 @@ fn nested() {
         "nvmx::NestedVmx::raise_in_l2": NestedVmx::raise_in_l2::<Fields, Regs, Memory, Memory>;
         "nvmx::NestedVmx::reflect": NestedVmx::reflect::<Fields, Regs, Memory, Memory>;
         "nvmx::NestedVmx::reflect_ept": NestedVmx::reflect_ept::<Fields, Regs, Memory, Memory>;
+        "nvmx::NestedVmx::restore": NestedVmx::restore::<Fields, Regs, Memory, Memory>;
         "nvmx::NestedVmx::route_events": NestedVmx::route_events::<Fields, Regs, Memory, Memory>;
+        "nvmx::NestedVmx::save": NestedVmx::save::<Fields, Regs, Memory, Memory>;
         "nvmx::NestedVmx::synthetic_exit": NestedVmx::synthetic_exit::<Fields, Regs, Memory, Memory>;
         "nvmx::Fault as From": <Fault as From<PageFault>>::from;
         "nvmx::PageFault as From": <Fault as From<PageFault>>::from;

@@ -359,12 +359,21 @@ fn confine(v: &mut Vmcs12, config: &Config, layout: &Layout) {
     let own = valid(config, layout, Profile::Long);
     for field in FOLLOWED {
         let value = v.get(field);
-        let with_flags = matches!(field, Field::EptPointer | Field::GuestCr3);
-        let address = if with_flags { value & !0xFFF } else { value };
-        if address & 0xFFF == 0 && config.legal_gpa(address) && !layout.contains(address) && address != layout.current {
-            let page =
+        let table = matches!(field, Field::EptPointer | Field::GuestCr3);
+        let address = if table { value & !0xFFF } else { value };
+        if address & 0xFFF != 0 || !config.legal_gpa(address) {
+            continue;
+        }
+        let good = match field {
+            // What these lead to is taken for translations.
+            Field::EptPointer => address == layout.page(page::EMPTY),
+            Field::GuestCr3 => [page::EMPTY, page::PDPT].iter().any(|page| address == layout.page(*page)),
+            _ => layout.contains(address) || address == layout.current,
+        };
+        if !good {
+            let own =
                 if field == Field::VmcsLinkPointer { layout.page(page::WRONG_VMCS) } else { own.get(field) & !0xFFF };
-            v.set(field, page | value & 0xFFF);
+            v.set(field, own | value & 0xFFF);
         }
     }
     for (address, count) in [

@@ -103,7 +103,7 @@ fn controls() {
                 &[(PROC, SEC), (PROC2, 1 << 7)],
                 &[(PROC, SEC), (PROC2, 1 << 7 | 2), (EPTP, 0x1E)],
             ),
-            ("TSC multiplier 0", &[(PROC, SEC | 8), (PROC2, 1 << 25)], &[(PROC, SEC), (PROC2, 1 << 25)]),
+            ("TSC multiplier 0", &[(PROC, SEC), (PROC2, 1 << 25)], &[(PROC, P), (PROC2, 1 << 25)]),
             ("exit reserved bits", &[(EXIT, X & !1)], &[(EXIT, X | 4)]),
             ("exit reserved bits", &[(EXIT, X | 1 << 12)], &[(EXIT, X | 1 << 15)]),
             ("save timer without timer", &[(EXIT, X | 1 << 22)], &[(EXIT, X | 1 << 22), (PIN, 0x56)]),
@@ -307,11 +307,16 @@ fn guest_activity_and_shadows() {
             ),
         ],
     );
-    table(Outcome::Guest(3), &[], &[("NMI injected in the shadow of MOV SS", &[NMI, (INTERRUPTIBILITY, 2)], &[NMI])]);
+    table(Outcome::Guest(0), &[], &[("NMI injected in the shadow of MOV SS", &[NMI, (INTERRUPTIBILITY, 2)], &[NMI])]);
+    table(Outcome::Guest(3), iff, &[("NMI injected in the shadow of STI", &[NMI, (INTERRUPTIBILITY, 1)], &[NMI])]);
     table(
         Outcome::Guest(4),
         &[],
-        &[("link pointer", &[(LINK, 0x31_1008)], &[]), ("link revision", &[(LINK, 0x5000)], &[(LINK, VMXON)])],
+        &[
+            ("link pointer", &[(LINK, 0x31_1008)], &[]),
+            ("link to the current VMCS", &[(LINK, VMCS)], &[(LINK, VMXON)]),
+            ("link revision", &[(LINK, 0x5000)], &[(LINK, VMXON)]),
+        ],
     );
 }
 

@@ -9,7 +9,7 @@ use hvcore::memory::{Access, GuestMemory, MemoryError, SecondStage};
 use nvmx::controls::{primary, secondary};
 use nvmx::ept::{CachedWalk, Cause, EptOutcome, EptShadow, EptWalk, L1Access};
 use nvmx::field::Field;
-use nvmx::{Exit, InvEpt, L1Exit, L2Exit, NestedVmx, Vmcs};
+use nvmx::{InvEpt, L1Exit, L2Exit, NestedVmx, Vmcs};
 
 use crate::counters::Counters;
 use crate::fatal::Failure;
@@ -148,7 +148,7 @@ fn ept_violation(vp: &mut Vp, gpa: L2Gpa, qualification: u64) -> Result<(), Fail
             vp.counters.shadow_fills.add(1);
             Ok(())
         }
-        EptOutcome::Reflect { reason, qualification } => reflect(vp, gpa, reason, qualification),
+        EptOutcome::Reflect { reason, qualification } => reflect(vp, reason, qualification),
         EptOutcome::Embedder(L1Access {
             l1,
             access: Access::Write,
@@ -165,16 +165,12 @@ fn ept_violation(vp: &mut Vp, gpa: L2Gpa, qualification: u64) -> Result<(), Fail
         }
         // L2's own page tables on a page that L0 keeps, or an address that the processor does not have: L1 sees the
         // violation as it came, which it can act on.
-        EptOutcome::Embedder(_) => reflect(vp, gpa, nvmx::exit_reason::EPT_VIOLATION, qualification),
+        EptOutcome::Embedder(_) => reflect(vp, nvmx::exit_reason::EPT_VIOLATION, qualification),
     }
 }
 
-fn reflect(vp: &mut Vp, gpa: L2Gpa, reason: u32, qualification: u64) -> Result<(), Failure> {
-    let outcome = match reason {
-        nvmx::exit_reason::EPT_VIOLATION => vp.nested.reflect_ept(&mut vp.m, gpa, Some(qualification)),
-        nvmx::exit_reason::EPT_MISCONFIGURATION => vp.nested.reflect_ept(&mut vp.m, gpa, None),
-        _ => vp.nested.exit_to_l1(&mut vp.m, Exit::simple(reason, qualification)),
-    };
+fn reflect(vp: &mut Vp, reason: u32, qualification: u64) -> Result<(), Failure> {
+    let outcome = vp.nested.reflect_ept(&mut vp.m, reason, qualification);
     settle(vp, outcome)
 }
 

@@ -62,6 +62,8 @@ pub(super) struct Checks<'a> {
     pub mem: &'a PhysMem,
     /// The CPU's own mode at entry.
     pub host_long: bool,
+    /// The current-VMCS pointer.
+    pub current: u64,
 }
 
 impl Checks<'_> {
@@ -96,8 +98,7 @@ impl Checks<'_> {
         ensure(!c.proc2(proc2::VPID) || self.get(f::VPID) != 0, "VPID 0")?;
         ensure(!c.proc2(proc2::EPT) || self.eptp(self.get(f::EPTP)), "EPTP")?;
         ensure(!c.proc2(proc2::UNRESTRICTED) || c.proc2(proc2::EPT), "unrestricted guest without EPT")?;
-        let scaled = c.proc(proc::TSC_OFFSET) && c.proc2(proc2::TSC_SCALING);
-        ensure(!scaled || self.get(f::TSC_MULTIPLIER) != 0, "TSC multiplier 0")?;
+        ensure(!c.proc2(proc2::TSC_SCALING) || self.get(f::TSC_MULTIPLIER) != 0, "TSC multiplier 0")?;
         self.exit_controls()?;
         self.entry_controls()
     }

@@ -248,7 +248,9 @@ impl Checks<'_> {
         match self.injected() {
             Some(0) => ok(!sti && !mov_ss, "interrupt injected in a shadow"),
             Some(2) => {
-                ensure(!mov_ss, "NMI injected in the shadow of MOV SS").map_err(|e| (3, e))?;
+                ok(!mov_ss, "NMI injected in the shadow of MOV SS")?;
+                // A processor may allow this one; where it does not, it says why.
+                ensure(!sti, "NMI injected in the shadow of STI").map_err(|e| (3, e))?;
                 ok(!self.c.pin(pin::VIRTUAL_NMIS) || state & 8 == 0, "NMI injected while NMIs are blocked")
             }
             _ => Ok(()),
@@ -269,6 +271,7 @@ impl Checks<'_> {
             return Ok(());
         }
         ensure(self.address(link, 12), "link pointer")?;
+        ensure(link != self.current, "link to the current VMCS")?;
         ensure(self.mem.read(link, 4) == u64::from(REVISION), "link revision")
     }
 

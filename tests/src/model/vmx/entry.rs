@@ -73,9 +73,9 @@ impl Cpu {
 
     /// All checks on the current VMCS; the controls and PDPTEs that the entry will use.
     fn judge(&self, mem: &PhysMem) -> Result<(Controls, [u64; 4]), Refusal> {
-        let Some((_, v)) = &self.current else { return Err(Refusal::Early(0, "no VMCS")) };
+        let Some((current, v)) = &self.current else { return Err(Refusal::Early(0, "no VMCS")) };
         let host_long = self.state.efer & EFER_LMA != 0;
-        let checks = Checks { v, c: Controls::read(v), caps: &self.caps, mem, host_long };
+        let checks = Checks { v, c: Controls::read(v), caps: &self.caps, mem, host_long, current: *current };
         checks.controls().map_err(|why| Refusal::Early(7, why))?;
         checks.host().map_err(|why| Refusal::Early(8, why))?;
         checks.guest().map_err(|(qualification, why)| Refusal::Late(checks.c, qualification, why))?;

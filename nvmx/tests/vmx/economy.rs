@@ -1,0 +1,51 @@
+//! What a round trip costs L0: L2's CPUID to L1 and back. The numbers are a promise; `docs/nested-vmx.md` says what each
+//! access is for.
+
+use nvmx::field::Field;
+use nvmx::{L1Exit, L2Exit, exit_reason};
+
+use crate::l2::Spent;
+use crate::rig::Rig;
+
+/// One round trip: `advance` is what L1 does to L2's RIP.
+fn round_trip(rig: &mut Rig, advance: impl FnOnce(&mut Rig)) -> Spent {
+    rig.spent();
+    assert_eq!(rig.l2(exit_reason::CPUID), L2Exit::ToL1);
+    rig.run();
+    let there = rig.spent();
+    advance(rig);
+    rig.spent();
+    assert_eq!(rig.l1(exit_reason::VMRESUME), L1Exit::EnterL2);
+    rig.run();
+    let back = rig.spent();
+    let join = |a: &[Vec<Field>; 2], b: &[Vec<Field>; 2]| [0, 1].map(|i| [&a[i][..], &b[i][..]].concat());
+    Spent {
+        reads: join(&there.reads, &back.reads),
+        writes: join(&there.writes, &back.writes),
+        bytes: there.bytes + back.bytes,
+    }
+}
+
+#[test]
+fn with_the_enlightened_vmcs() {
+    let mut rig = Rig::announced();
+    assert_eq!(rig.l1(exit_reason::VMLAUNCH), L1Exit::EnterL2);
+    rig.run();
+    round_trip(&mut rig, |rig| rig.set_evmcs(Field::GuestRip, 0x9002));
+    let spent = round_trip(&mut rig, |rig| rig.set_evmcs(Field::GuestRip, 0x9004));
+    assert_eq!(rig.vmcs02.peek(Field::GuestRip), 0x9004);
+    println!("{} VMREADs, {} VMWRITEs: {spent:?}", spent.vmreads(), spent.vmwrites());
+    assert_eq!((spent.vmreads(), spent.vmwrites(), spent.bytes), (58, 51, 80));
+    assert_eq!(rig.evmcs(Field::ExitReason), u64::from(exit_reason::CPUID));
+    assert_eq!(rig.evmcs(Field::GuestTrLimit), 0x67);
+}
+
+#[test]
+fn with_a_plain_vmcs() {
+    let mut rig = Rig::running(&[]);
+    round_trip(&mut rig, |rig| rig.set(&[(Field::GuestRip, 0x9002)]));
+    let spent = round_trip(&mut rig, |rig| rig.set(&[(Field::GuestRip, 0x9004)]));
+    assert_eq!(rig.vmcs02.peek(Field::GuestRip), 0x9004);
+    println!("{} VMREADs, {} VMWRITEs: {spent:?}", spent.vmreads(), spent.vmwrites());
+    assert_eq!((spent.vmreads(), spent.vmwrites()), (20, 51));
+}
