@@ -2,15 +2,25 @@
 
 use hvcore::addr::L1Gpa;
 use hvcore::tlfs_abi::assist::vp_assist_offset;
+use nvmx::caps::Config;
 use nvmx::field::Field;
+use nvmx::vmcs12::REVISION;
 use nvmx::{Entry, EntryPlan, L1Exit, L2Exit, exit_reason};
 
-use crate::rig::{ASSIST, EVMCS, End, FakeVmcs, Rig, VMXON, valid};
+use crate::rig::{ASSIST, EVMCS, End, FakeVmcs, Rig, VMCS12, VMXON, valid};
 
 impl Rig {
     /// A rig whose L1 has filled in its VMCS, not launched.
     pub fn filled() -> Self {
-        let mut rig = Self::loaded();
+        Self::filled_with(*Self::new().nested.config())
+    }
+
+    /// The same with another offer.
+    pub fn filled_with(config: Config) -> Self {
+        let mut rig = Self::with(config);
+        assert_eq!(rig.vmxon(VMXON), End::Succeed);
+        rig.region(VMCS12, REVISION);
+        assert_eq!(rig.vmptrld(VMCS12), End::Succeed);
         rig.vmwrite_valid();
         rig
     }

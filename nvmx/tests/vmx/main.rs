@@ -3,9 +3,12 @@
 #![allow(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::unwrap_used, clippy::panic)]
 
 mod access;
+mod bitmaps;
+mod cr;
 mod economy;
 mod entry;
 mod evmcs;
+mod exceptions;
 mod invalidate;
 mod l2;
 mod launch;
@@ -13,6 +16,7 @@ mod msrs;
 mod operand;
 mod region;
 mod rig;
+mod routing;
 mod save;
 mod vmxon;
 mod vpid;
