@@ -86,6 +86,13 @@ impl Log {
         Ok((text, status.success()))
     }
 
+    /// Runs `command` with no input and its output in the log; its exit status.
+    pub fn status(&mut self, command: &mut Command) -> Result<Option<i32>> {
+        let text = describe(command);
+        command.stdin(Stdio::null()).stdout(self.file.try_clone()?).stderr(self.file.try_clone()?);
+        Ok(command.status().map_err(|e| format!("cannot run {text}: {e}"))?.code())
+    }
+
     /// Bytes in the log so far, for [`since`](Self::since).
     pub fn length(&self) -> Result<usize> {
         Ok(fs::read(&self.path)?.len())

@@ -24,6 +24,7 @@ mod run_l1;
 mod scenarios;
 mod setup;
 mod stages;
+mod statuses;
 mod test;
 mod trace;
 mod trace_svg;

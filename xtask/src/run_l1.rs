@@ -8,6 +8,7 @@ use crate::ctx::{Ctx, Log, Result};
 use crate::images::{self, Freestanding};
 use crate::machine::Loaded;
 use crate::setup;
+use crate::trace;
 use clap::ValueEnum;
 use std::fs;
 use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
@@ -64,6 +65,10 @@ pub struct Args {
     /// Deterministic instruction counting (implies one emulator thread)
     #[arg(long)]
     icount: bool,
+    /// Write the timeline of every processor to FILE, as Chrome trace-event JSON (Perfetto opens it), when L1 ends the
+    /// machine by power-off, port 0xF4 or a triple fault
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// More arguments for the emulator
     #[arg(last = true, value_name = "EMULATOR ARGS")]
     emulator: Vec<String>,
@@ -134,10 +139,12 @@ pub fn run(ctx: &Ctx, args: Args) -> Result<()> {
         thread::spawn(move || watch(stream, &reason))
     });
     let status = wait(&mut child, args.timeout)?;
-    for thread in [messages, events].into_iter().flatten() {
+    let records = messages.and_then(|thread| thread.join().ok()).unwrap_or_default();
+    if let Some(thread) = events {
         let _ = thread.join();
     }
     let _ = fs::remove_file(&monitor);
+    write_timeline(&args, &records);
     let reason = reason.lock().map(|r| r.clone()).unwrap_or_default();
     let code = match status {
         None => {
@@ -148,6 +155,14 @@ pub fn run(ctx: &Ctx, args: Args) -> Result<()> {
         Some(code) => code,
     };
     std::process::exit(code)
+}
+
+/// Writes the timeline, if one was asked for.
+fn write_timeline(args: &Args, records: &[trace::Record]) {
+    let Some(path) = &args.trace else { return };
+    if let Err(error) = trace::write(path, records) {
+        eprintln!("run-l1: {error}");
+    }
 }
 
 /// Runs L1 on Bochs and ends this program with the status that tells how it ended.
@@ -205,6 +220,7 @@ fn in_directory(args: &Args, l0: &Path, directory: &Path) -> Result<i32> {
     }
     let log = fs::read(directory.join(bochs::LOG)).unwrap_or_default();
     let said = said.lock().map(|said| said.clone()).unwrap_or_default();
+    write_timeline(args, &trace::records(&said));
     Ok(bochs::status(&said, &String::from_utf8_lossy(&log)))
 }
 
@@ -227,7 +243,9 @@ fn note(from: impl Read, said: &Mutex<String>) {
         let text = String::from_utf8_lossy(&line);
         // Bochs's own prompt may come before the first.
         if let Some(at) = text.find("l0: ") {
-            eprint!("{}", &text[at..]);
+            if trace::record(&text[at..]).is_none() {
+                eprint!("{}", &text[at..]);
+            }
             if let Ok(mut said) = said.lock() {
                 said.push_str(&text[at..]);
             }
@@ -274,7 +292,8 @@ fn l0_line(args: &Args) -> String {
         Switch::On => "on",
         Switch::Off => "off",
     };
-    format!("cpus={} enlighten={enlighten}", args.smp)
+    let trace = if args.trace.is_some() { " trace" } else { "" };
+    format!("cpus={} enlighten={enlighten}{trace}", args.smp)
 }
 
 /// L0's modules: L1's kernel with its command line, then L1's own modules. A comma inside is written twice.
@@ -291,16 +310,22 @@ fn kvm_nests(module: &str) -> bool {
     matches!(nested.trim(), "1" | "Y") && fs::File::options().read(true).write(true).open("/dev/kvm").is_ok()
 }
 
-/// Copies what L0 and the emulator say to standard error.
-fn pass_on(from: impl Read) {
+/// Copies what L0 and the emulator say to standard error, but for what L0 recorded.
+fn pass_on(from: impl Read) -> Vec<trace::Record> {
+    let mut records = Vec::new();
     let mut lines = BufReader::new(from);
     let mut line = Vec::new();
     while matches!(lines.read_until(b'\n', &mut line), Ok(1..)) {
         let text = String::from_utf8_lossy(&line);
-        let prefix = if text.starts_with("l0: ") { "" } else { "emulator: " };
-        eprint!("{prefix}{text}");
+        if let Some(record) = trace::record(&text) {
+            records.push(record);
+        } else {
+            let prefix = if text.starts_with("l0: ") { "" } else { "emulator: " };
+            eprint!("{prefix}{text}");
+        }
         line.clear();
     }
+    records
 }
 
 /// Connects to the emulator's monitor and lets the machine start; `None` when the emulator ended before.

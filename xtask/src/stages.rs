@@ -5,7 +5,7 @@
 
 use crate::ctx::{Ctx, Log, Outcome, Result};
 use crate::images::{self, Freestanding, Target};
-use crate::{fuzz, probe, qemu_test, setup};
+use crate::{fuzz, probe, qemu_test, setup, statuses};
 use std::time::Duration;
 use xshell::cmd;
 
@@ -37,6 +37,7 @@ pub const STAGES: &[Stage] = &[
     Stage { name: "no-panic", budget: minutes(2), run: no_panic },
     Stage { name: "fuzz", budget: minutes(3), run: fuzz::stage },
     Stage { name: "qemu-test", budget: minutes(15), run: qemu_tests },
+    Stage { name: "exit-statuses", budget: minutes(3), run: statuses::stage },
     Stage { name: "qemu-test-host", budget: minutes(2), run: qemu_tests_on_the_host_target },
 ];
 

@@ -84,12 +84,21 @@ pub const DEBUG_EXIT: u16 = 0xf4;
 /// powers the machine off.
 pub const POWER: [u16; 2] = [0x604, 0xb004];
 
+/// Reset control of PC chipsets: a write with bit 2 set resets the machine.
+pub const RESET: u16 = 0xcf9;
+/// The keyboard controller's command port: 0xFE resets the machine.
+pub const KEYBOARD: u16 = 0x64;
+
 /// Ports that exit: L0's own, and those by which L1 ends the machine, so that L0 prints its counters before.
+pub const PORTS: [u16; 6] = [crate::debug::PORT, DEBUG_EXIT, POWER[0], POWER[1], RESET, KEYBOARD];
+
+/// [`PORTS`] as the hardware wants them.
 pub static IOPM01: IoMap = {
     let mut map = IoMap::new();
-    map.intercept(crate::debug::PORT);
-    map.intercept(DEBUG_EXIT);
-    map.intercept(POWER[0]);
-    map.intercept(POWER[1]);
+    let mut i = 0;
+    while i < PORTS.len() {
+        map.intercept(PORTS[i]);
+        i += 1;
+    }
     map
 };

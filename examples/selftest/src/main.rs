@@ -4,6 +4,7 @@
 
 mod boot;
 mod caller;
+mod ending;
 mod host;
 mod hypercall;
 mod vmx;
@@ -24,6 +25,10 @@ fn image(boot: &'static BootInfo) -> ExitCode {
         "unhandled" => boot::unhandled_exception(),
         "nested" => boot::nested_fault(),
         "panic" => panic!("as asked"),
+        "power-off" => ending::power_off(),
+        "reset" => ending::reset(),
+        "triple-fault" => ending::triple_fault(),
+        "hang" => ending::hang(),
         _ => {
             println!("no such test");
             ExitCode::Failure

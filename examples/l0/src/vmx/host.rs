@@ -7,9 +7,8 @@ use hw::{cpu, msr, vmx};
 use nvmx::caps::{Config, Host};
 use nvmx::controls::{entry, exit, pin, primary, secondary};
 
-use crate::debug;
 use crate::fatal::give_up;
-use crate::permissions::{DEBUG_EXIT, POWER};
+use crate::permissions::PORTS;
 use crate::relocate::phys_of;
 
 /// Controls of a VMCS.
@@ -70,10 +69,9 @@ pub const VMX_LAST: u32 = 0x493;
 /// Ports of L1 that exit: L0's own, and those by which L1 ends the machine. A, then B.
 pub static IO_BITMAPS01: Bitmap<1024> = {
     let mut map = Bitmap([0; 1024]);
-    let ports = [debug::PORT, DEBUG_EXIT, POWER[0], POWER[1]];
     let mut i = 0;
-    while i < ports.len() {
-        map.0[ports[i] as usize / 64] |= 1 << (ports[i] % 64);
+    while i < PORTS.len() {
+        map.0[PORTS[i] as usize / 64] |= 1 << (PORTS[i] % 64);
         i += 1;
     }
     map
