@@ -68,6 +68,8 @@ impl NestedVmx {
     {
         let own = self.own(m.vmcs01);
         self.l2.events.injection = None;
+        // L1's registers first, VMCS02 after: one switch of the current VMCS.
+        let inherited = self.inherit(m.vmcs01);
         let pdptes = if self.changed & CHECKED != 0 || self.l2.touched || self.pae_paging12() {
             // The checks look at all of the guest state together.
             self.fetch_all(m.vmcs02);
@@ -82,7 +84,7 @@ impl NestedVmx {
             None
         };
         self.switch_context();
-        self.load_vmcs02(m, &own);
+        self.load_vmcs02(m, &own, &inherited);
         if let Some(pdptes) = pdptes {
             self.load_pdptes(m.vmcs02, pdptes);
         }

@@ -349,7 +349,8 @@ impl NestedVmx {
     {
         let own = self.own(m.vmcs01);
         self.restore_context();
-        self.load_vmcs02(m, &own);
+        let inherited = self.inherit(m.vmcs01);
+        self.load_vmcs02(m, &own, &inherited);
         let cache = &mut self.l2.cache;
         for (field, value) in saved.l2.fields() {
             let value = match field {

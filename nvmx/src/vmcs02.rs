@@ -4,6 +4,7 @@
 //! open (the EPT pointer, the addresses of L1's APIC pages, VPID, event injection) the embedder and
 //! [`NestedVmx::prepare_entry`] fill in.
 
+use hvcore::addr::L1Gpa;
 use hvcore::memory::GuestMemory;
 
 use crate::bitmaps::{HotWords, Source};
@@ -224,6 +225,19 @@ impl L2 {
 }
 
 impl NestedVmx {
+    /// L1's virtual-APIC page, if L2 has a TPR shadow: the embedder puts its host physical address in VMCS02's
+    /// virtual-APIC address before L2's entry; a page of zeros of its own where L1 has no memory.
+    pub fn virtual_apic_page(&self) -> Option<L1Gpa> {
+        self.primary12(primary::TPR_SHADOW).then(|| L1Gpa::new(self.vmcs12.get(Field::VirtualApicAddress)))
+    }
+
+    /// L1's APIC-access page, if its accesses are virtualized: as [`virtual_apic_page`](Self::virtual_apic_page), in
+    /// VMCS02's APIC-access address.
+    pub fn apic_access_page(&self) -> Option<L1Gpa> {
+        let virtualized = self.has12(secondary::VIRTUALIZE_APIC_ACCESSES);
+        virtualized.then(|| L1Gpa::new(self.vmcs12.get(Field::ApicAccessAddress)))
+    }
+
     /// The embedder changed a control field of VMCS01, or wrote a control field of VMCS02 itself: both are read and
     /// made anew at the next VM entry of L1's.
     pub fn own_controls_changed(&mut self) {
@@ -307,13 +321,15 @@ impl NestedVmx {
     }
 
     /// Makes VMCS02 of VMCS12 where L1 changed something; `own` are the embedder's controls.
-    pub(crate) fn load_vmcs02<V, G: ?Sized, M, L: ?Sized>(&mut self, m: &mut Machine<'_, V, G, M, L>, own: &Own)
-    where
+    pub(crate) fn load_vmcs02<V, G: ?Sized, M, L: ?Sized>(
+        &mut self,
+        m: &mut Machine<'_, V, G, M, L>,
+        own: &Own,
+        inherited: &Inherited,
+    ) where
         V: Vmcs + ?Sized,
         M: GuestMemory + ?Sized,
     {
-        // L1's registers first, VMCS02 after: one switch of the current VMCS.
-        let inherited = self.inherit(m.vmcs01);
         let changed = self.changed;
         if changed & CONTROLS != 0 || self.l2.touched {
             self.load_controls(m.vmcs02, own);
@@ -334,11 +350,10 @@ impl NestedVmx {
             self.load_cr(vmcs02, own);
         }
         self.copy(vmcs02, Field::GuestRip);
-        self.load_conditional(vmcs02, &inherited);
-        if !self.has12(secondary::EPT) {
-            // The embedder's own second stage serves L2 as it serves L1.
-            let root = m.vmcs01.read(Field::EptPointer);
-            m.vmcs02.write(Field::EptPointer, root);
+        self.load_conditional(vmcs02, inherited);
+        if let Some(root) = inherited.ept_pointer {
+            // The embedder's own second stage serves L2 as it serves L1. It writes the field itself at other times.
+            vmcs02.write(Field::EptPointer, root);
         }
         self.changed = 0;
     }
@@ -419,7 +434,10 @@ impl NestedVmx {
         let primary12 = self.vmcs12.get32(Field::PrimaryControls);
         let mut merged = (own.primary | primary12) & !SEPARATE | primary12 & (CR8 | primary::TPR_SHADOW);
         let (mut apic, mut threshold) = (None, self.vmcs12.get32(Field::TprThreshold));
-        if primary12 & primary::TPR_SHADOW == 0 {
+        if primary12 & primary::TPR_SHADOW != 0 {
+            // The embedder puts the address of L1's page there.
+            self.l2.cache.forget(Field::VirtualApicAddress);
+        } else {
             // CR8 is L1's then, and the embedder's business.
             merged |= own.primary & (CR8 | primary::TPR_SHADOW);
             apic = (own.primary & primary::TPR_SHADOW != 0).then_some(own.virtual_apic);
@@ -500,7 +518,10 @@ impl NestedVmx {
 
     fn load_secondary<V: Vmcs + ?Sized>(&mut self, vmcs02: &mut V, own: &Own, merged: u32) {
         let secondary12 = self.secondary12();
-        if merged & !secondary12 & secondary::VIRTUALIZE_APIC_ACCESSES != 0 {
+        if secondary12 & secondary::VIRTUALIZE_APIC_ACCESSES != 0 {
+            // The embedder puts the address of L1's page there.
+            self.l2.cache.forget(Field::ApicAccessAddress);
+        } else if merged & secondary::VIRTUALIZE_APIC_ACCESSES != 0 {
             self.put(vmcs02, Field::ApicAccessAddress, own.apic_access);
         }
         if merged & secondary::PAUSE_LOOP_EXITING != 0 {
@@ -633,7 +654,7 @@ impl NestedVmx {
     }
 
     /// What L2 takes over from L1 where VMCS12 does not load it.
-    fn inherit<V: Vmcs + ?Sized>(&self, vmcs01: &V) -> Inherited {
+    pub(crate) fn inherit<V: Vmcs + ?Sized>(&self, vmcs01: &V) -> Inherited {
         let entry12 = self.vmcs12.get32(Field::EntryControls);
         let read_unless = |control: u32, field| if entry12 & control == 0 { vmcs01.read(field) } else { 0 };
         Inherited {
@@ -641,6 +662,7 @@ impl NestedVmx {
             pat: read_unless(entry::LOAD_PAT, Field::GuestPat),
             dr7: read_unless(entry::LOAD_DEBUG_CONTROLS, Field::GuestDr7),
             debugctl: read_unless(entry::LOAD_DEBUG_CONTROLS, Field::GuestDebugctl),
+            ept_pointer: (!self.has12(secondary::EPT)).then(|| vmcs01.read(Field::EptPointer)),
         }
     }
 
@@ -702,11 +724,13 @@ impl NestedVmx {
 
 /// L1's registers at the VM entry that L2 may take over.
 #[derive(Clone, Copy, Debug)]
-struct Inherited {
+pub(crate) struct Inherited {
     efer: u64,
     pat: u64,
     dr7: u64,
     debugctl: u64,
+    /// The embedder's EPT pointer, where L1 uses no EPT.
+    ept_pointer: Option<u64>,
 }
 
 /// `value` times `multiplier` with 48 fraction bits.

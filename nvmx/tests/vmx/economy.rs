@@ -23,6 +23,7 @@ fn round_trip(rig: &mut Rig, advance: impl FnOnce(&mut Rig)) -> Spent {
         reads: join(&there.reads, &back.reads),
         writes: join(&there.writes, &back.writes),
         bytes: there.bytes + back.bytes,
+        vmptrlds: there.vmptrlds + back.vmptrlds,
     }
 }
 
@@ -35,7 +36,7 @@ fn with_the_enlightened_vmcs() {
     let spent = round_trip(&mut rig, |rig| rig.set_evmcs(Field::GuestRip, 0x9004));
     assert_eq!(rig.vmcs02.peek(Field::GuestRip), 0x9004);
     println!("{} VMREADs, {} VMWRITEs: {spent:?}", spent.vmreads(), spent.vmwrites());
-    assert_eq!((spent.vmreads(), spent.vmwrites(), spent.bytes), (58, 51, 80));
+    assert_eq!((spent.vmreads(), spent.vmwrites(), spent.vmptrlds, spent.bytes), (58, 51, 2, 80));
     assert_eq!(rig.evmcs(Field::ExitReason), u64::from(exit_reason::CPUID));
     assert_eq!(rig.evmcs(Field::GuestTrLimit), 0x67);
 }
@@ -47,5 +48,16 @@ fn with_a_plain_vmcs() {
     let spent = round_trip(&mut rig, |rig| rig.set(&[(Field::GuestRip, 0x9004)]));
     assert_eq!(rig.vmcs02.peek(Field::GuestRip), 0x9004);
     println!("{} VMREADs, {} VMWRITEs: {spent:?}", spent.vmreads(), spent.vmwrites());
-    assert_eq!((spent.vmreads(), spent.vmwrites()), (20, 51));
+    assert_eq!((spent.vmreads(), spent.vmwrites(), spent.vmptrlds), (20, 51, 2));
+}
+
+/// Faults that L0 settles by itself cost what they must: the reason, the fault, what it interrupted.
+#[test]
+fn an_ept_violation_that_l0_settles() {
+    let mut rig = Rig::running(&[]);
+    rig.spent();
+    assert!(matches!(rig.l2(exit_reason::EPT_VIOLATION), L2Exit::EptViolation { .. }));
+    rig.run();
+    let spent = rig.spent();
+    assert_eq!((spent.vmreads(), spent.vmwrites(), spent.vmptrlds), (4, 0, 0), "{spent:?}");
 }

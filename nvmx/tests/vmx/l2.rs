@@ -114,6 +114,11 @@ impl Rig {
             reads: [reads(&self.vmcs01), reads(&self.vmcs02)],
             writes: [&mut self.vmcs01, &mut self.vmcs02].map(|vmcs| std::mem::take(&mut vmcs.writes)),
             bytes: self.memory.bytes_read.take(),
+            vmptrlds: {
+                let (current, switches) = self.vmcs01.current.get();
+                self.vmcs01.current.set((current, 0));
+                switches
+            },
         }
     }
 }
@@ -124,6 +129,7 @@ pub struct Spent {
     pub reads: [Vec<Field>; 2],
     pub writes: [Vec<Field>; 2],
     pub bytes: usize,
+    pub vmptrlds: usize,
 }
 
 impl Spent {

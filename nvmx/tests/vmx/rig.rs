@@ -1,6 +1,7 @@
 //! One VP with 1 MiB of L1 memory.
 
 use std::cell::{Cell, RefCell};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use hvcore::addr::{Gva, Hpa, L1Gpa};
@@ -37,11 +38,27 @@ pub struct FakeVmcs {
     pub fields: [u64; Field::COUNT],
     pub reads: RefCell<Vec<Field>>,
     pub writes: Vec<Field>,
+    /// Which of the two it is, and which is current, with the number of switches: VMPTRLDs.
+    id: u8,
+    pub current: Rc<Cell<(u8, usize)>>,
 }
 
 impl FakeVmcs {
-    fn new() -> Self {
-        Self { fields: [0; Field::COUNT], reads: RefCell::default(), writes: Vec::new() }
+    fn new(id: u8, current: &Rc<Cell<(u8, usize)>>) -> Self {
+        Self {
+            fields: [0; Field::COUNT],
+            reads: RefCell::default(),
+            writes: Vec::new(),
+            id,
+            current: Rc::clone(current),
+        }
+    }
+
+    fn switch(&self) {
+        let (current, switches) = self.current.get();
+        if current != self.id {
+            self.current.set((self.id, switches + 1));
+        }
     }
 
     /// The field, not counted.
@@ -57,10 +74,12 @@ impl FakeVmcs {
 
 impl Vmcs for FakeVmcs {
     fn read(&self, field: Field) -> u64 {
+        self.switch();
         self.reads.borrow_mut().push(field);
         self.peek(field)
     }
     fn write(&mut self, field: Field, value: u64) {
+        self.switch();
         self.writes.push(field);
         self.poke(field, value);
     }
@@ -334,10 +353,11 @@ impl Rig {
             &mut MergedMap { words: &mut msr_bitmap02, base: Hpa::new(MSR_BITMAP02) },
             &mut MergedMap { words: &mut io_bitmaps02, base: Hpa::new(IO_BITMAPS02) },
         );
+        let current = Rc::default();
         let mut rig = Self {
             nested,
-            vmcs01: FakeVmcs::new(),
-            vmcs02: FakeVmcs::new(),
+            vmcs01: FakeVmcs::new(1, &current),
+            vmcs02: FakeVmcs::new(2, &current),
             regs: Regs::default(),
             msr_bitmap02,
             io_bitmaps02,
