@@ -44,7 +44,7 @@ fn config(caps: &Caps) -> Config {
         secondary: caps.proc2.1,
         exit: allowed(caps.exit),
         entry: allowed(caps.entry),
-        misc: u64::from(caps.timer_shift) | 0x1E0,
+        misc: u64::from(caps.timer_shift) | 0x4_01E0,
         ept_vpid: ept_vpid::EMULATED_EPT | ept_vpid::OF_VPID | ept_vpid::EXECUTE_ONLY,
         vmfunc: 0,
         cr0_fixed0: caps.cr0_fixed0,

@@ -212,6 +212,8 @@ const FLUSH: &[Module] = &[Module { content: Content::Image("l1"), args: "scenar
 /// The smallest hypervisor.
 const SMALLEST_L1: &[Module] = &[Module { content: Content::Image("selftest"), args: "test=vmx" }];
 
+const VM_ENTRIES: &[Module] = &[Module { content: Content::Image("vmxchecks"), args: "samples=3000 explain=no" }];
+
 const RUNTIME_AS_L1: &[Module] = &[Module { content: Content::Image("selftest"), args: "test=boot" }];
 
 /// An `image`: the Debian kernel on the emulator itself, with one module, its initial RAM disk.
@@ -338,6 +340,8 @@ pub const SCENARIOS: &[Scenario] = &[
     // The library's VM-entry checks against the processor's own; and a check that is overlooked, as the control.
     Scenario { name: "vmx-entry-checks", image: "vmxchecks", machine: BOCHS, ..BASE },
     Scenario { name: "vmx-entry-checks-blind", image: "vmxchecks", args: "samples=4000 blind=vpid", machine: BOCHS, expect: Expect::Failure("disagree"), ..BASE },
+    // The same with L0 as the processor.
+    Scenario { name: "l0-vmx-entry-checks", image: "l0", modules: VM_ENTRIES, machine: BOCHS, ..BASE },
     Scenario { name: "l0-boot", image: "l0", modules: RUNTIME_AS_L1, machine: BOCHS, ..BASE },
     // The smallest hypervisor: alone, and as L1.
     Scenario { name: "vmx-smallest-bare", args: "test=vmx", machine: BOCHS, ..BASE },

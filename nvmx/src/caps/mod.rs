@@ -497,8 +497,12 @@ fn needs(offer: &Offer) -> Result<(), ConfigError> {
 const fn misc(host: &Host, enlightened: bool) -> u64 {
     // Without a timer in hardware any rate will do: every 32 ticks.
     let shift = if host.pin.allowed & pin::PREEMPTION_TIMER != 0 { host.misc & misc::TIMER_SHIFT } else { 5 };
-    // The enlightened VMCS does not carry CR3-target values.
-    let targets = if enlightened { 0 } else { 4 << 16 };
+    // There are four fields; the enlightened VMCS carries none of them.
+    let most = if enlightened { 0 } else { 4 << 16 };
+    let targets = match host.misc & misc::CR3_TARGETS {
+        fewer if fewer < most => fewer,
+        _ => most,
+    };
     let kept = misc::STORES_LMA | misc::HLT | misc::SHUTDOWN | misc::WAIT_FOR_SIPI | misc::LENGTH_0;
     shift | host.misc & kept | targets | misc::VMWRITE_ANY
 }

@@ -30,7 +30,11 @@ fn the_capability_msrs() {
     assert_eq!(allowed(0x481), Some(0x16 | (pin::KNOWN & !pin::POSTED_INTERRUPTS)));
     assert_eq!(allowed(0x482), Some(0x0400_6172 | primary::KNOWN));
     assert_eq!(required(0x48B), Some(0));
-    assert_eq!(c.read(0x485), Some(0x4000_01E7 | 4 << 16 | 1 << 29));
+    assert_eq!(c.read(0x485), Some(0x4004_01E7 | 1 << 29));
+    for (has, gets) in [(0, 0), (3, 3), (4, 4), (16, 4)] {
+        let host = Host { misc: has << 16, ..host() };
+        assert_eq!(Config::new(host, offer()).unwrap().cr3_targets(), gets);
+    }
     assert_eq!((c.read(0x486), c.read(0x487)), (Some(0x8000_0021), Some(0xFFFF_FFFF)));
     assert_eq!((c.read(0x488), c.read(0x489)), (Some(0x2000), Some(0x00F7_2FFF)));
     assert_eq!(c.read(0x48A), Some(0x19 << 1));

@@ -21,7 +21,7 @@ pub fn host() -> Host {
         secondary: secondary::KNOWN,
         exit: Allowed { required: 0x3_6DFB, allowed: 0x3_6DFB | exit::KNOWN },
         entry: Allowed { required: 0x11FB, allowed: 0x11FB | entry::KNOWN },
-        misc: 0x4000_01E7,
+        misc: 0x4004_01E7,
         ept_vpid: 0x0F01_0673_4141,
         vmfunc: 1,
         cr0_fixed0: 0x8000_0021,
