@@ -10,8 +10,8 @@ use hvcore::addr::L1Gpa;
 use hvcore::memory::{GuestMemory, MemoryError};
 use hvcore::partition::Overlay;
 
-/// Virtual address of physical address 0 in L0's page tables.
-pub const DIRECT_MAP: u64 = 0xffff_8000_0000_0000;
+/// Virtual address of physical address 0 in L0's page tables; as a program of the host, where its tests map memory.
+pub const DIRECT_MAP: u64 = if cfg!(freestanding) { 0xffff_8000_0000_0000 } else { 0x2000_0000_0000 };
 
 /// End of the 32-bit physical address space.
 pub const FOUR_GIB: u64 = 1 << 32;
