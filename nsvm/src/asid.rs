@@ -11,10 +11,9 @@ use crate::vmcb::bits::tlb;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tag {
     asid: u32,
-    /// That of the pool, which names the CPU, too. Zero is no generation of any pool.
+    /// That of the pool, with [`FLUSH`] when the tag's entries are to be gone by the next entry. Zero is no generation
+    /// of any pool.
     generation: u64,
-    /// The entries under the tag are to be flushed at the next entry (only where the processor can flush by ASID).
-    flush: bool,
 }
 
 impl Tag {
@@ -28,11 +27,13 @@ impl Tag {
     /// else by a fresh ASID.
     #[inline]
     pub const fn invalidate(&mut self) {
-        self.flush = true;
+        self.generation |= FLUSH;
     }
 }
 
-/// The difference of one generation of a pool from the next: above the CPU's number.
+/// In a tag's generation: what was cached under it is to be gone. Above all numbers of CPUs.
+const FLUSH: u64 = 1 << 15;
+/// The difference of one generation of a pool from the next.
 const GENERATION: u64 = 1 << 16;
 
 /// What a VM entry has to put in the VMCB.
@@ -49,7 +50,7 @@ pub struct Assigned {
 pub struct AsidPool {
     limit: u32,
     next: u32,
-    /// The CPU's number in the low 16 bits, above them a count from 1: no two pools ever have the same.
+    /// The CPU's number in the low 15 bits, from bit 16 on a count from 1: no two pools ever have the same.
     generation: u64,
     flush_all: bool,
     flush_by_asid: bool,
@@ -58,19 +59,19 @@ pub struct AsidPool {
 }
 
 impl AsidPool {
-    /// A pool for physical CPU `cpu` (below 65,536) whose processor has `count` ASIDs (CPUID 0x8000_000A EBX, at least 2) and, with
-    /// `flush_by_asid`, TLB_CONTROL 3 (EDX bit 6). `None` for fewer than 2 ASIDs or a number too large.
+    /// A pool for physical CPU `cpu` (below 32,768) whose processor has `count` ASIDs (CPUID 0x8000_000A EBX, at least
+    /// 2) and, with `flush_by_asid`, TLB_CONTROL 3 (EDX bit 6). `None` for fewer than 2 ASIDs or a number too large.
     ///
     /// Nothing is assumed of the TLB: the first entry flushes it.
     pub const fn new(cpu: u32, count: u32, flush_by_asid: bool) -> Option<Self> {
-        if count < 2 || cpu >= GENERATION as u32 {
+        if count < 2 || cpu >= FLUSH as u32 {
             return None;
         }
         let generation = GENERATION | cpu as u64;
         Some(Self { limit: count, next: 1, generation, flush_all: true, flush_by_asid, prepared: false })
     }
 
-    /// True when `tag` names an ASID that is still its own on this CPU.
+    /// True when `tag` names an ASID that is still its own on this CPU, and nothing cached under it is to go.
     #[inline]
     pub(crate) const fn is_good(&self, tag: &Tag) -> bool {
         tag.generation == self.generation
@@ -79,12 +80,13 @@ impl AsidPool {
     /// The ASID and TLB_CONTROL to enter `tag`'s context with; a tag that is not good here becomes one that is.
     #[inline]
     pub fn assign(&mut self, tag: &mut Tag) -> Assigned {
-        if !self.is_good(tag) || (tag.flush && !self.flush_by_asid) {
+        let flushes_asid = self.flush_by_asid && tag.generation == self.generation | FLUSH;
+        if !self.is_good(tag) && !flushes_asid {
             self.lease(tag);
         }
         let tlb_control = if self.flush_all {
             tlb::ALL
-        } else if tag.flush {
+        } else if flushes_asid {
             tlb::ASID
         } else {
             tlb::NONE
@@ -97,7 +99,7 @@ impl AsidPool {
         if self.next >= self.limit {
             self.flush_all();
         }
-        *tag = Tag { asid: self.next, generation: self.generation, flush: false };
+        *tag = Tag { asid: self.next, generation: self.generation };
         self.next = self.next.wrapping_add(1);
     }
 
@@ -108,7 +110,7 @@ impl AsidPool {
         if self.prepared {
             self.prepared = false;
             self.flush_all = false;
-            tag.flush = false;
+            tag.generation &= !FLUSH;
         }
     }
 

@@ -38,26 +38,47 @@ pub enum Entry {
 
 impl NestedSvm {
     /// True when the next entry is the last one over again: the guest of `level` has left, nothing has happened since
-    /// that an entry depends on, and the plan of the last [`prepare_entry`](Self::prepare_entry) holds. TLB_CONTROL is
-    /// set. Otherwise nothing has changed, and [`route_events`](Self::route_events) and `prepare_entry` are to be called.
+    /// that an entry depends on (but for its tag), and the plan of the last [`prepare_entry`](Self::prepare_entry)
+    /// holds. Then [`repeat_entry`](Self::repeat_entry) may stand for [`route_events`](Self::route_events) and
+    /// `prepare_entry`.
     ///
     /// Most exits are so; an embedder that asks need not decide anew what it decided by the plan.
     #[inline(always)]
-    pub fn repeat_entry<G: ?Sized, M: ?Sized, C: ?Sized>(&self, m: &mut Machine<'_, G, M, C>, level: Level) -> bool {
+    pub fn may_repeat<G: ?Sized, M: ?Sized, C: ?Sized>(&self, m: &Machine<'_, G, M, C>, level: Level) -> bool {
+        let vmcb = match level {
+            Level::L1 => &*m.vmcb01,
+            Level::L2 => &*m.vmcb02,
+        };
+        self.settled == Settled::Yes && vmcb.control.exit_int_info & Event::VALID == 0
+    }
+
+    /// Prepares the VMCB of `level` for the entry that [`may_repeat`](Self::may_repeat) was true for: ASID and
+    /// TLB_CONTROL. [`retire_tag`](Self::retire_tag) may have been called in between, and nothing else.
+    #[inline(always)]
+    pub fn repeat_entry<G: ?Sized, M: ?Sized, C: ?Sized>(&mut self, m: &mut Machine<'_, G, M, C>, level: Level) {
         let (vmcb, tag) = match level {
             Level::L1 => (&mut *m.vmcb01, &self.tag1),
             Level::L2 => (&mut *m.vmcb02, &self.tag2),
         };
-        let repeats =
-            self.settled == Settled::Yes && vmcb.control.exit_int_info & Event::VALID == 0 && m.asids.is_good(tag);
-        if repeats {
+        if m.asids.is_good(tag) {
             vmcb.control.tlb_control = tlb::NONE;
+        } else {
+            self.assign(m.asids, vmcb, level);
+            self.settled = Settled::Prepared;
         }
-        repeats
+    }
+
+    fn assign(&mut self, asids: &mut AsidPool, vmcb: &mut Vmcb, level: Level) {
+        let assigned = asids.assign(match level {
+            Level::L1 => &mut self.tag1,
+            Level::L2 => &mut self.tag2,
+        });
+        vmcb.control.asid = assigned.asid;
+        vmcb.control.tlb_control = assigned.tlb_control;
     }
 
     /// Prepares the VMCB that runs next. Call it once before every VMRUN, with everything else in place, unless
-    /// [`repeat_entry`](Self::repeat_entry) said that it is not needed.
+    /// [`repeat_entry`](Self::repeat_entry) stands for it.
     pub fn prepare_entry<G: ?Sized, M: GuestMemory + ?Sized, C: ?Sized>(
         &mut self,
         m: &mut Machine<'_, G, M, C>,
@@ -78,13 +99,11 @@ impl NestedSvm {
             Level::L2 => self.enter_l2(m.vmcb01, m.vmcb02, passed_through),
         };
         plan.exit_soon = exit_soon;
-        let (vmcb, tag) = match self.level {
-            Level::L1 => (&mut *m.vmcb01, &mut self.tag1),
-            Level::L2 => (&mut *m.vmcb02, &mut self.tag2),
+        let vmcb = match self.level {
+            Level::L1 => &mut *m.vmcb01,
+            Level::L2 => &mut *m.vmcb02,
         };
-        let assigned = m.asids.assign(tag);
-        vmcb.control.asid = assigned.asid;
-        vmcb.control.tlb_control = assigned.tlb_control;
+        self.assign(m.asids, vmcb, self.level);
         vmcb.control.clean = 0;
         // An event that waits, or a window for one, is looked at before every entry.
         self.settled = if exit_soon || self.attends() { Settled::No } else { Settled::Prepared };

@@ -288,7 +288,6 @@ impl NestedSvm {
     /// Drops what INVLPGA for L1's `asid` may concern; more than one page is always right. The ASID whose derived
     /// translations go too, if it is one of L2.
     pub(crate) fn invlpga(&mut self, asid: u32) -> Option<u32> {
-        self.settled = Settled::No;
         if asid == 0 {
             self.tag1.invalidate();
             return None;
@@ -325,6 +324,7 @@ impl NestedSvm {
 
     /// Steps the level that runs over the instruction that exited, if it is still `kind`; `false` when the guest had
     /// better execute it again. For exits that the embedder emulates.
+    #[inline(always)]
     pub fn step_over<G, M, C>(&mut self, m: &mut Machine<'_, G, M, C>, kind: Kind) -> bool
     where
         G: Gprs + ?Sized,

@@ -203,7 +203,6 @@ impl NestedSvm {
     /// to a shadow page table that changed in a way that takes permissions away.
     #[inline]
     pub const fn retire_tag(&mut self, level: Level) {
-        self.settled = Settled::No;
         match level {
             Level::L1 => self.tag1.invalidate(),
             Level::L2 => self.tag2.invalidate(),

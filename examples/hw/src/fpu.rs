@@ -11,13 +11,17 @@ macro_rules! each {
 /// XMM register `number` (0 to 5; 0 for others), low quadword in bits 63:0.
 #[inline]
 pub fn xmm(number: u8) -> u128 {
-    let mut value = 0u128;
-    let to = &raw mut value;
+    let mut value = core::mem::MaybeUninit::<u128>::uninit();
+    let to = value.as_mut_ptr();
+    if number > 5 {
+        return 0;
+    }
     each!(number, register => {
         // SAFETY: stores 16 bytes to a local variable of 16 bytes.
         unsafe { asm!(concat!("movdqu [{}], ", register!()), in(reg) to, options(nostack, preserves_flags)) }
     }, 0 "xmm0", 1 "xmm1", 2 "xmm2", 3 "xmm3", 4 "xmm4", 5 "xmm5");
-    value
+    // SAFETY: one of the registers was stored.
+    unsafe { value.assume_init() }
 }
 
 /// Sets XMM register `number` (0 to 5; others are left alone).

@@ -37,6 +37,10 @@ pub fn l1(vp: &mut Vp) -> Result<(), Failure> {
             cpuid_exit(vp);
             Ok(())
         }
+        L1Exit::NotMine if exit == code::VMMCALL => {
+            hyperv::l1_call(vp);
+            Ok(())
+        }
         L1Exit::NotMine => shared(vp),
         L1Exit::Shutdown => reset_machine(vp),
     }

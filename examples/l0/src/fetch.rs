@@ -115,8 +115,6 @@ pub struct Nested {
 
 /// Entries that a walk reads, at most: 5 levels of the guest's own tables.
 const STEPS: usize = 5;
-/// Entries of a walk without 5-level paging.
-const USUAL_STEPS: usize = 4;
 /// CR4.LA57: 5-level paging.
 const LA57: u64 = 1 << 12;
 
@@ -166,12 +164,12 @@ impl Walk {
     fn leads_to(&self, la: u64, paging: &Paging, overlays: u64) -> Option<*const u8> {
         // Acquire: the bytes read next are at least as new as the tables.
         let holds = |step: &Cell<Step>| step.get().0.load(Ordering::Acquire) == step.get().1;
-        let mut path = self.path.iter();
+        let [a, b, c, d, e] = &self.path;
         let known = self.la.get() == la
             && self.overlays.get() == overlays
             && self.paging.get() == *paging
-            && path.by_ref().take(USUAL_STEPS).all(holds)
-            && (paging.cr4 & LA57 == 0 || path.all(holds));
+            && (holds(a) && holds(b) && holds(c) && holds(d))
+            && (paging.cr4 & LA57 == 0 || holds(e));
         known.then(|| self.code.get())
     }
 

@@ -83,6 +83,8 @@ pub struct VpHyperV {
     pub msrs: VpInterface,
     /// Targets of its last flush.
     shootdown: Shootdown,
+    /// The last call concerns its own VP: all GVA translations of the caller's level are to be flushed.
+    pub flushes_caller: bool,
     /// Input of its hypercalls.
     scratch: Scratch,
 }
@@ -124,7 +126,7 @@ impl HyperV {
     pub fn vp(&self, id: usize) -> Option<VpHyperV> {
         let msrs = self.interface.vp(id as u32)?;
         self.map.assign(id as u32, VpSlot::new(id as u32)?).ok()?;
-        Some(VpHyperV { msrs, shootdown: Shootdown::new(), scratch: Scratch::new() })
+        Some(VpHyperV { msrs, shootdown: Shootdown::new(), flushes_caller: false, scratch: Scratch::new() })
     }
 
     /// Physical address of the page behind an overlay.
@@ -218,14 +220,20 @@ fn mode(vmcb: &Vmcb) -> CallerMode {
 }
 
 /// Performs the hypercall of `level`, and everything that its completion needs.
+#[inline(always)]
 fn perform<C: CallerMemory + ?Sized>(vp: &mut Vp, level: Level, vm_id: u64, memory: &C) -> Outcome {
     let vmcb = match level {
         Level::L1 => &mut *vp.m.vmcb01,
         Level::L2 => &mut *vp.m.vmcb02,
     };
-    let call = Call { level, mode: mode(vmcb), vm_id };
+    let call = Call { level, mode: mode(vmcb), vm_id, slot: Some(vp.id as u16) };
     let mut registers = CallRegisters { vmcb, gprs: vp.m.gprs };
-    vp.hyperv.perform(vp.shared, vp.counters, &call, &mut registers, memory)
+    let outcome = vp.hyperv.perform(vp.shared, vp.counters, &call, &mut registers, memory);
+    if vp.hyperv.flushes_caller {
+        vp.counters.entry_everything.add(1);
+        vp.nested.retire_tag(level);
+    }
+    outcome
 }
 
 /// Who calls.
@@ -237,6 +245,8 @@ pub struct Call {
     pub mode: CallerMode,
     /// Its VM_ID, for L2.
     pub vm_id: u64,
+    /// Its VP's slot, when that is flushed after the call as [`VpHyperV::flushes_caller`] says.
+    pub slot: Option<u16>,
 }
 
 impl VpHyperV {
@@ -252,10 +262,15 @@ impl VpHyperV {
     ) -> Outcome {
         let hyperv = &shared.hyperv;
         let caller = hyperv.interface.caller(call.mode, call.level);
-        let flush = FlushCalls::new(hyperv.domain, &hyperv.map, call.vm_id, &mut self.shootdown);
+        let mut flush = FlushCalls::new(&hyperv.domain, &hyperv.map, call.vm_id, &mut self.shootdown);
+        if let Some(slot) = call.slot {
+            flush = flush.called_by(slot);
+        }
         let mut calls = Calls { flush, shared, counters, vm_id: call.vm_id, audited: None };
         let outcome = handle(&mut calls, &caller, registers, memory, &mut self.scratch);
-        let (posted, audited) = (calls.flush.posted(), calls.audited);
+        let posted = calls.flush.posted();
+        self.flushes_caller = calls.flush.flushes_caller();
+        let audited = if shared.audit { calls.audited } else { None };
         if posted != Posted::Done {
             settle(shared, &mut self.shootdown, posted, counters);
         } else {

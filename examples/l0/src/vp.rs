@@ -274,54 +274,46 @@ impl Vp {
         vmcb: u64,
         exit: impl Fn(&mut Self) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
-        let mut publish = true;
+        self.drain(level);
+        let plan = match self.nested.prepare_entry(&mut self.m) {
+            Entry::Run(plan) => plan,
+            Entry::Init => {
+                self.flush.entry_failed();
+                self.reset();
+                return Ok(());
+            }
+            Entry::Shutdown => return exits::reset_machine(self),
+        };
+        debug_assert_eq!(plan.level, level);
+        if plan.exit_soon {
+            self.shared.kick(self.id);
+        }
         loop {
-            if publish {
-                self.drain(level);
+            self.enter(&plan, vmcb);
+            self.left(level);
+            exit(self)?;
+            if self.is_disturbed() || !self.nested.may_repeat(&self.m, level) {
+                return Ok(());
             }
-            if level == Level::L2 && self.shadow.tag_stale() {
-                self.nested.retire_tag(Level::L2);
-            }
-            let plan = match self.nested.prepare_entry(&mut self.m) {
-                Entry::Run(plan) => plan,
-                Entry::Init => {
-                    self.flush.entry_failed();
-                    self.reset();
-                    return Ok(());
-                }
-                Entry::Shutdown => return exits::reset_machine(self),
-            };
-            debug_assert_eq!(plan.level, level);
-            if plan.exit_soon {
-                self.shared.kick(self.id);
-            }
-            loop {
-                self.enter(&plan, vmcb);
-                self.left(level);
-                exit(self)?;
-                let stale = level == Level::L2 && self.shadow.tag_stale();
-                if self.is_disturbed() || stale || !self.nested.repeat_entry(&mut self.m, level) {
-                    return Ok(());
-                }
-                if self.drain(level) {
-                    break;
-                }
-            }
-            publish = false;
+            self.drain(level);
+            self.nested.repeat_entry(&mut self.m, level);
         }
     }
 
-    /// Publishes that `level` runs, and does what others asked to be flushed before it does; whether there was any.
+    /// Publishes that `level` runs, and does what is to be flushed before it does.
     #[inline(always)]
-    fn drain(&mut self, level: Level) -> bool {
-        let Some(due) = self.flush.enter(level) else { return false };
-        if self.shared.mutant != Some(Mutant::DrainSkipped) {
+    fn drain(&mut self, level: Level) {
+        if let Some(due) = self.flush.enter(level)
+            && self.shared.mutant != Some(Mutant::DrainSkipped)
+        {
             if self.shared.trace {
                 trace::record(self.id, trace::Event::Drained(level));
             }
             hyperv::apply(&mut self.nested, &mut self.shadow, self.m.code, level, &due, self.counters);
         }
-        true
+        if level == Level::L2 && self.shadow.tag_stale() {
+            self.nested.retire_tag(Level::L2);
+        }
     }
 
     /// True when something is to be done before the next entry that seldom is.

@@ -92,7 +92,20 @@ impl<'a, const DEPTH: usize> FlushDomain<'a, DEPTH> {
         scope: GvaScope<'_>,
         scratch: &mut Shootdown,
     ) -> Posted {
-        scratch.begin(word::MODE_L1, word::IPI_L1);
+        self.flush_l1_for(None, map, set, scope, scratch)
+    }
+
+    /// As [`flush_l1`](Self::flush_l1); the VP in the slot of `caller` is not posted to.
+    #[inline(always)]
+    pub(super) fn flush_l1_for(
+        &self,
+        caller: Option<u16>,
+        map: &VpIndexMap<'_>,
+        set: VpSet<'_>,
+        scope: GvaScope<'_>,
+        scratch: &mut Shootdown,
+    ) -> Posted {
+        scratch.begin(word::MODE_L1, word::IPI_L1, caller);
         Self::fence();
         self.prepared::<L1Gva>(scope, L1Targets { map, set: &set }, scratch)
     }
@@ -100,14 +113,27 @@ impl<'a, const DEPTH: usize> FlushDomain<'a, DEPTH> {
     /// Flushes L2's translations on the VPs of the partition that may hold some of a context with this VM_ID and a
     /// VP_ID of `set`: a direct flush, or the embedder's own.
     pub fn flush_l2(&self, vm_id: u64, set: VpSet<'_>, scope: GvaScope<'_>, scratch: &mut Shootdown) -> Posted {
-        scratch.begin(word::MODE_L2, word::IPI_L2);
+        self.flush_l2_for(None, vm_id, set, scope, scratch)
+    }
+
+    /// As [`flush_l2`](Self::flush_l2); the VP in the slot of `caller` is not posted to.
+    #[inline(always)]
+    pub(super) fn flush_l2_for(
+        &self,
+        caller: Option<u16>,
+        vm_id: u64,
+        set: VpSet<'_>,
+        scope: GvaScope<'_>,
+        scratch: &mut Shootdown,
+    ) -> Posted {
+        scratch.begin(word::MODE_L2, word::IPI_L2, caller);
         Self::fence();
         self.prepared::<L2Gva>(scope, L2Targets { index: &self.index, vm_id, set: &set }, scratch)
     }
 
     /// Flushes second-stage translations on all VPs that have ever run an L2.
     pub fn flush_second_stage(&self, scope: SecondStageScope<'_>, scratch: &mut Shootdown) -> Posted {
-        scratch.begin(word::MODE_L2, word::IPI_L2);
+        scratch.begin(word::MODE_L2, word::IPI_L2, None);
         Self::fence();
         let items = second_stage_items::<DEPTH>(scope);
         match items {
@@ -192,7 +218,7 @@ impl<F, const DEPTH: usize> Job<'_, F, DEPTH> {
         F: Fill<K::Queue>,
     {
         let Some(vp) = self.vps.get(slot) else { return };
-        if !wanted(vp) {
+        if !wanted(vp) || self.scratch.is_caller(slot) && self.spares_caller(vp) {
             return;
         }
         match post_quick::<DEPTH, K, F>(vp, &self.fill, self.marks) {
@@ -229,9 +255,45 @@ impl<F, const DEPTH: usize> Job<'_, F, DEPTH> {
         self.scratch.suspend_if(tally.inhibited != 0 && inhibits(vp));
     }
 
+    /// The caller's own VP is a target. It flushes itself: the request is behind what its guest did, and it is outside
+    /// the guest. False when it inhibits flushes: then it is a target as any other.
+    fn spares_caller(&mut self, vp: &VpFlush<DEPTH>) -> bool {
+        // Relaxed: whoever inhibits is ordered with the caller by other means, or may come too late.
+        let spares = vp.word.load(Ordering::Relaxed) & word::INHIBIT == 0;
+        if spares {
+            self.scratch.flush_caller();
+        }
+        spares
+    }
+
+    /// The slots of word `at` of a bitmap but the caller's own.
+    #[inline(always)]
+    fn without_caller(&mut self, at: usize, word: u64, wanted: impl Fn(&VpFlush<DEPTH>) -> bool) -> u64 {
+        let own = self.scratch.caller_bit(at);
+        if word & own == 0 {
+            return word;
+        }
+        match self.vps.get(self.scratch.caller()) {
+            Some(vp) if wanted(vp) && !self.spares_caller(vp) => word,
+            _ => word & !own,
+        }
+    }
+
     /// Posts to the slots of word `at` of a bitmap that `wanted` says.
-    #[inline]
+    #[inline(always)]
     fn word<K: Kind<DEPTH>>(&mut self, at: usize, word: u64, wanted: impl Fn(&VpFlush<DEPTH>) -> bool)
+    where
+        F: Fill<K::Queue>,
+    {
+        let word = self.without_caller(at, word, &wanted);
+        if word != 0 {
+            self.others::<K>(at, word, wanted);
+        }
+    }
+
+    /// As [`word`](Self::word), for VPs other than the caller's.
+    #[inline]
+    fn others<K: Kind<DEPTH>>(&mut self, at: usize, word: u64, wanted: impl Fn(&VpFlush<DEPTH>) -> bool)
     where
         F: Fill<K::Queue>,
     {

@@ -33,9 +33,16 @@ pub struct Shootdown {
     used: u64,
     polled: bool,
     suspended: bool,
+    /// The caller's own VP is a target.
+    flushes_caller: bool,
+    /// The slot of the caller's own VP, or [`NOBODY`].
+    caller: u16,
     mode: u64,
     ipi: u64,
 }
+
+/// No VP's slot.
+const NOBODY: u16 = u16::MAX;
 
 impl Default for Shootdown {
     fn default() -> Self {
@@ -53,15 +60,48 @@ impl Shootdown {
             used: 0,
             polled: false,
             suspended: false,
+            flushes_caller: false,
+            caller: NOBODY,
             mode: word::MODE_L1,
             ipi: word::IPI_L1,
         }
     }
 
     #[inline]
-    pub(super) fn begin(&mut self, mode: u64, ipi: u64) {
+    pub(super) fn begin(&mut self, mode: u64, ipi: u64, caller: Option<u16>) {
         (self.used, self.polled, self.suspended) = (0, false, false);
+        (self.flushes_caller, self.caller) = (false, caller.unwrap_or(NOBODY));
         (self.mode, self.ipi) = (mode, ipi);
+    }
+
+    /// The slot of the caller's own VP; one that nobody has when that is to be posted to as others are.
+    #[inline]
+    pub(super) const fn caller(&self) -> usize {
+        self.caller as usize
+    }
+
+    /// True when `slot` is the caller's own.
+    #[inline]
+    pub(super) const fn is_caller(&self, slot: usize) -> bool {
+        self.caller() == slot
+    }
+
+    /// The caller's own bit in word `at` of a bitmap of slots, if it is there.
+    #[inline]
+    pub(super) const fn caller_bit(&self, at: usize) -> u64 {
+        if self.caller() >> 6 == at { 1 << (self.caller & 63) } else { 0 }
+    }
+
+    /// The caller's own VP is a target, and flushes itself.
+    #[inline]
+    pub(super) const fn flush_caller(&mut self) {
+        self.flushes_caller = true;
+    }
+
+    /// See [`FlushCalls::flushes_caller`](super::FlushCalls::flushes_caller).
+    #[inline]
+    pub(super) const fn flushes_caller(&self) -> bool {
+        self.flushes_caller
     }
 
     /// Adds slots `64 * at` to `64 * at + 63`: bitmaps of those to kick and of those to wait for besides.

@@ -320,6 +320,21 @@ impl<'a, const DEPTH: usize> LocalFlush<'a, DEPTH> {
         }
     }
 
+    /// Asks for all GVA translations of `level` to be flushed at its next entry: a call of its own guest's that
+    /// concerns this VP too ([`FlushCalls::flushes_caller`](super::FlushCalls::flushes_caller)).
+    pub fn flush_gva(&mut self, level: Level) {
+        match level {
+            Level::L1 => {
+                self.due.l1 = true;
+                self.l1.set_everything();
+            }
+            Level::L2 => {
+                self.due.l2 = true;
+                self.l2.set_everything();
+            }
+        }
+    }
+
     /// Asks for everything of `level` to be flushed at its next entry (of L2: both stages).
     pub fn flush_all(&mut self, level: Level) {
         match level {

@@ -162,12 +162,8 @@ fn l1s_own_interrupted_deliveries_too() {
     assert_eq!(rig.vmcb01.control.event_inj, 1 << 31 | 0x30);
 }
 
-impl Rig {
-    fn repeats(&mut self) -> bool {
-        let level = self.nested.level();
-        self.call(|nested, m| nested.repeat_entry(m, level))
-    }
-}
+/// Something that happens between an exit and the next entry.
+type Change = (&'static str, fn(&mut Rig));
 
 /// An exit of L1 or L2 that leaves nothing behind.
 fn plain_exit(rig: &mut Rig) {
@@ -186,6 +182,7 @@ fn an_entry_is_repeated_after_an_exit_that_leaves_nothing_behind() {
     plain_exit(&mut rig);
     assert_eq!(rig.vmcb01.control.tlb_control, tlb::ALL);
     assert!(rig.repeats());
+    rig.repeat();
     assert_eq!(rig.vmcb01.control.tlb_control, tlb::NONE);
     rig.vmcb01.save.rax = 0x2000;
     assert_eq!(rig.l1(exit_code::VMLOAD, &[0x0F, 0x01, 0xDA]), L1Exit::Resume);
@@ -210,21 +207,16 @@ fn a_refused_entry_is_not_repeated() {
 
 #[test]
 fn an_entry_is_prepared_anew_after_what_it_depends_on() {
-    type Change = (&'static str, fn(&mut Rig));
-    let changes: [Change; 11] = [
+    let changes: [Change; 7] = [
         ("an NMI", |rig| rig.nested.pend_nmi()),
         ("an INIT", |rig| rig.nested.pend_init()),
         ("an interrupt", |rig| rig.nested.pend_interrupt(Some(0x30))),
-        ("a tag that is retired", |rig| rig.nested.retire_tag(rig.nested.level())),
         ("the embedder's controls", |rig| rig.nested.own_controls_changed()),
-        ("a flush of the CPU", |rig| rig.asids.flush_all()),
-        ("a migration", |rig| rig.asids = AsidPool::new(1, 16, false).unwrap()),
         ("an interrupted delivery", |rig| match rig.nested.level() {
             Level::L1 => rig.vmcb01.control.exit_int_info = Event::nmi().raw(),
             Level::L2 => rig.vmcb02.control.exit_int_info = Event::nmi().raw(),
         }),
         ("CLGI", |rig| svm(rig, exit_code::CLGI, 0xDD)),
-        ("INVLPGA", |rig| svm(rig, exit_code::INVLPGA, 0xDF)),
         ("INIT reached L1", |rig| rig.nested.reset()),
     ];
     for level in [Level::L1, Level::L2] {
@@ -253,7 +245,47 @@ fn svm(rig: &mut Rig, code: u64, last: u8) {
 }
 
 #[test]
-fn another_vp_that_uses_up_the_asids_ends_the_repetition() {
+fn a_repeated_entry_flushes_what_is_to_be_flushed() {
+    let changes: [Change; 4] = [
+        ("a tag that is retired", |rig| rig.nested.retire_tag(rig.nested.level())),
+        ("a flush of the CPU", |rig| rig.asids.flush_all()),
+        ("a migration", |rig| rig.asids = AsidPool::new(1, 16, false).unwrap()),
+        ("INVLPGA", |rig| {
+            rig.regs.rcx = if rig.nested.level() == Level::L1 { 0 } else { 1 };
+            svm(rig, exit_code::INVLPGA, 0xDF);
+        }),
+    ];
+    for level in [Level::L1, Level::L2] {
+        for (what, change) in changes {
+            let mut rig = Rig::ready();
+            if level == Level::L2 {
+                rig.enter();
+            }
+            rig.prepare();
+            plain_exit(&mut rig);
+            rig.repeat();
+            plain_exit(&mut rig);
+            let control = |rig: &Rig| if level == Level::L1 { rig.vmcb01.control } else { rig.vmcb02.control };
+            let asid = control(&rig).asid;
+            change(&mut rig);
+            assert!(rig.repeats(), "{what} in {level:?}");
+            rig.repeat();
+            let flushes = |rig: &Rig| control(rig).asid != asid || control(rig).tlb_control == tlb::ALL;
+            assert!(flushes(&rig), "{what} in {level:?}");
+            assert!(!rig.repeats(), "the entry has not happened");
+            rig.prepare();
+            assert!(flushes(&rig), "{what} in {level:?}: prepared again");
+            plain_exit(&mut rig);
+            let asid = control(&rig).asid;
+            assert!(rig.repeats());
+            rig.repeat();
+            assert_eq!((control(&rig).asid, control(&rig).tlb_control), (asid, tlb::NONE));
+        }
+    }
+}
+
+#[test]
+fn another_vp_that_uses_up_the_asids_makes_a_repeated_entry_take_a_fresh_one() {
     let mut rig = Rig::ready();
     rig.prepare();
     plain_exit(&mut rig);
@@ -262,8 +294,11 @@ fn another_vp_that_uses_up_the_asids_ends_the_repetition() {
         rig.asids.assign(tag);
         rig.asids.entered(tag);
     }
-    assert!(rig.repeats(), "the ASID is still the VP's own");
-    rig.asids.assign(&mut others[14]);
+    rig.repeat();
+    assert_eq!((rig.vmcb01.control.asid, rig.vmcb01.control.tlb_control), (1, tlb::NONE));
+    plain_exit(&mut rig);
+    assert_eq!(rig.asids.assign(&mut others[14]).asid, 1);
     rig.asids.entered(&mut others[14]);
-    assert!(!rig.repeats(), "the ASID may be another VP's");
+    rig.repeat();
+    assert_eq!(rig.vmcb01.control.asid, 2, "1 is another VP's by now");
 }

@@ -304,13 +304,26 @@ impl Rig {
         assert!(matches!(exit, L1Exit::EnterL2(_)), "{exit:?}: {:?}", self.nested.last_refusal());
     }
 
+    /// Whether the next entry is the last one over again.
+    pub fn repeats(&mut self) -> bool {
+        let level = self.nested.level();
+        self.call(|nested, m| nested.may_repeat(m, level))
+    }
+
+    /// Prepares the last entry over again.
+    pub fn repeat(&mut self) {
+        let level = self.nested.level();
+        self.call(|nested, m| nested.repeat_entry(m, level));
+    }
+
     /// Prepares an entry. One that may be repeated must be what it is when prepared anew.
     pub fn prepare(&mut self) -> EntryPlan {
-        let level = self.nested.level();
-        let before = (self.vmcb01.clone(), self.vmcb02.clone());
-        let repeated = self.call(|nested, m| nested.repeat_entry(m, level));
-        let repeated = repeated.then(|| (self.plan, self.vmcb01.as_bytes().to_vec(), self.vmcb02.as_bytes().to_vec()));
-        (self.vmcb01, self.vmcb02) = before;
+        let before = (self.vmcb01.clone(), self.vmcb02.clone(), self.nested.clone(), self.asids.clone());
+        let repeated = self.repeats().then(|| {
+            self.repeat();
+            (self.plan, self.vmcb01.as_bytes().to_vec(), self.vmcb02.as_bytes().to_vec())
+        });
+        (self.vmcb01, self.vmcb02, self.nested, self.asids) = before;
         let plan = match self.call(|nested, m| nested.prepare_entry(m)) {
             Entry::Run(plan) => plan,
             other => panic!("{other:?}"),

@@ -146,6 +146,8 @@ fn flush() {
         "hvcore::flush::FlushCalls as FlushVirtual": <Flushes as FlushVirtual>::flush_list;
         "hvcore::flush::FlushCalls as FlushGuestPhysical": <Flushes as FlushGuestPhysical>::flush_guest_physical_space;
         "hvcore::flush::FlushCalls as FlushGuestPhysical": <Flushes as FlushGuestPhysical>::flush_guest_physical_list;
+        "hvcore::flush::FlushCalls::called_by": Flushes::called_by;
+        "hvcore::flush::FlushCalls::flushes_caller": Flushes::flushes_caller;
         "hvcore::flush::FlushCalls::new": Flushes::new;
         "hvcore::flush::FlushCalls::posted": Flushes::posted;
         "hvcore::flush::FlushDomain::flush_l1": FlushDomain::<16>::flush_l1;
@@ -158,6 +160,7 @@ fn flush() {
         "hvcore::flush::LocalFlush::enter": LocalFlush::<16>::enter;
         "hvcore::flush::LocalFlush::entry_failed": LocalFlush::<16>::entry_failed;
         "hvcore::flush::LocalFlush::exit": LocalFlush::<16>::exit;
+        "hvcore::flush::LocalFlush::flush_gva": LocalFlush::<16>::flush_gva;
         "hvcore::flush::LocalFlush::flush_all": LocalFlush::<16>::flush_all;
         "hvcore::flush::LocalFlush::forget_context": LocalFlush::<16>::forget_context;
         "hvcore::flush::LocalFlush::retired": LocalFlush::<16>::retired;

@@ -27,6 +27,7 @@ fn nested() {
         "nsvm::NestedSvm::prepare_entry": NestedSvm::prepare_entry::<Regs, Memory, Bytes>;
         "nsvm::NestedSvm::raise_in_l2": NestedSvm::raise_in_l2::<Regs, Memory, Bytes>;
         "nsvm::NestedSvm::reflect": NestedSvm::reflect::<Regs, Memory, Bytes>;
+        "nsvm::NestedSvm::may_repeat": NestedSvm::may_repeat::<Regs, Memory, Bytes>;
         "nsvm::NestedSvm::repeat_entry": NestedSvm::repeat_entry::<Regs, Memory, Bytes>;
         "nsvm::NestedSvm::restore": NestedSvm::restore::<Regs, Memory, Bytes>;
         "nsvm::NestedSvm::route_events": NestedSvm::route_events::<Regs, Memory, Bytes>;

@@ -460,7 +460,7 @@ impl World<'_> {
             };
             let caller = partition.interface.caller(hyperv::mode(vmcb), level);
             let mut registers = CallRegisters { vmcb, regs: &mut vp.hw.regs };
-            let flush = FlushCalls::new(partition.domain, &partition.map, vm_id, &mut vp.shootdown);
+            let flush = FlushCalls::new(&partition.domain, &partition.map, vm_id, &mut vp.shootdown);
             let mut calls = Calls { flush };
             let outcome = handle(&mut calls, &caller, &mut registers, memory, &mut vp.scratch);
             (outcome, calls.flush.posted())

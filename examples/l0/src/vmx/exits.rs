@@ -188,7 +188,7 @@ fn l1_call(vp: &mut Vp) {
         return raise(vp, Fault::UD);
     }
     vp.counters.l1_calls.add(1);
-    let call = Call { level: Level::L1, mode: mode(vp), vm_id: 0 };
+    let call = Call { level: Level::L1, mode: mode(vp), vm_id: 0, slot: None };
     let outcome = vp.hyperv.perform(vp.shared, vp.counters, &call, &mut *vp.m.gprs, &L1Caller(&vp.shared.memory));
     match outcome {
         Outcome::Complete(_) => vp.step_over(),
