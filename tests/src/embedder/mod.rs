@@ -81,7 +81,7 @@ pub enum Mistake {
     NoPost,
     /// The shadow's stale tag is not retired.
     NoRetire,
-    /// An entry repeats the last one although a flush is due.
+    /// An entry repeats the last one, flush or not, although another flush is due.
     NoPrepare,
     /// VMCB02 lacks an intercept.
     NoIntercept,

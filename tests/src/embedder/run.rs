@@ -44,8 +44,7 @@ impl World<'_> {
         assert!(self.cpus[c].running.is_none() && self.partitions[p].vps[v].on.is_none());
         parts!(self, c, p, v => cpu, partition, vp, code, m);
         let level = vp.nested.level();
-        let again = vp.plan.filter(|_| self.rng.chance(768) && !vp.shadow.tag_stale());
-        let again = again.filter(|_| vp.nested.repeat_entry(&mut m, level));
+        let again = vp.plan.filter(|_| self.rng.chance(768) && vp.nested.may_repeat(&m, level));
         let level = if again.is_some() { level } else { vp.nested.route_events(&mut m) };
         let mut flushed = false;
         if let Some(due) = vp.flush.enter(level) {
@@ -57,9 +56,13 @@ impl World<'_> {
         if vp.shadow.tag_stale() && self.mistake != Some(Mistake::NoRetire) {
             vp.nested.retire_tag(Level::L2);
         }
-        let holds = !flushed || self.mistake == Some(Mistake::NoPrepare);
-        let plan = match again.filter(|_| holds) {
-            Some(plan) => plan,
+        let plan = match again {
+            Some(plan) => {
+                if !flushed || self.mistake != Some(Mistake::NoPrepare) {
+                    vp.nested.repeat_entry(&mut m, level);
+                }
+                plan
+            }
             None => match vp.nested.prepare_entry(&mut m) {
                 Entry::Run(plan) => plan,
                 Entry::Init | Entry::Shutdown => {
@@ -70,7 +73,7 @@ impl World<'_> {
             },
         };
         vp.plan = Some(plan);
-        partition.counts.repeated += u64::from(again.is_some() && holds);
+        partition.counts.repeated += u64::from(again.is_some());
         partition.counts.flushed += u64::from(flushed);
         if plan.level != level {
             self.violated(|| format!("a plan for another level: {plan:?}"));
@@ -461,9 +464,13 @@ impl World<'_> {
             let caller = partition.interface.caller(hyperv::mode(vmcb), level);
             let mut registers = CallRegisters { vmcb, regs: &mut vp.hw.regs };
             let flush = FlushCalls::new(&partition.domain, &partition.map, vm_id, &mut vp.shootdown);
-            let mut calls = Calls { flush };
+            let mut calls = Calls { flush: flush.called_by(v as u16) };
             let outcome = handle(&mut calls, &caller, &mut registers, memory, &mut vp.scratch);
-            (outcome, calls.flush.posted())
+            let posted = calls.flush.posted();
+            if calls.flush.flushes_caller() {
+                vp.flush.flush_gva(level);
+            }
+            (outcome, posted)
         }
         let memory = self.partitions[p].memory.clone();
         let partition = &mut self.partitions[p];

@@ -63,7 +63,7 @@ pub fn direct_flush(vp: &mut Vp) -> Result<(), Failure> {
     let (vm_id, assist) = (enlightenments.vm_id, enlightenments.partition_assist_page);
     let memory = &vp.shared.memory;
     vp.counters.direct_flushes.add(1);
-    let call = Call { level: Level::L2, mode: mode(vp.m.vmcs02), vm_id };
+    let call = Call { level: Level::L2, mode: mode(vp.m.vmcs02), vm_id, slot: None };
     let (shared, counters, gprs) = (vp.shared, vp.counters, &mut *vp.m.gprs);
     let outcome = match second_stage(&vp.nested, &vp.shadow, memory) {
         Some(walk) => vp.hyperv.perform(shared, counters, &call, gprs, &L2Caller { memory, second_stage: &walk }),
