@@ -21,6 +21,7 @@ pub fn keep_all() {
 
 fn nested() {
     keep_named! {
+        "nsvm::Code::begins_with": <Bytes as nsvm::Code>::begins_with;
         "nsvm::NestedSvm::exit_to_l1": NestedSvm::exit_to_l1::<Regs, Memory, Bytes>;
         "nsvm::NestedSvm::l1_exit": NestedSvm::l1_exit::<Regs, Memory, Bytes>;
         "nsvm::NestedSvm::l2_exit": l2_exit;
