@@ -208,6 +208,7 @@ impl NestedVmx {
         }
         match level {
             Level::L1 => {
+                self.evmcs.leave(m.active_evmcs);
                 if self.take_init() {
                     return Entry::Init;
                 }

@@ -6,7 +6,7 @@
 //! 2. after the VM exit, [`NestedVmx::l1_exit`] or [`NestedVmx::l2_exit`] by the level that ran: what to do.
 //!
 //! Each works on a [`Machine`]: the VP's two hardware VMCSs, its registers, its bitmaps, the CPU's VPIDs, L1's memory.
-#![no_std]
+#![cfg_attr(not(loom), no_std)]
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 

@@ -5,6 +5,7 @@
 
 use hvcore::addr::{Gva, Hpa, L1Gpa};
 
+use crate::evmcs::ActivePage;
 use crate::field::Field;
 use crate::vpid::VpidPool;
 
@@ -100,6 +101,9 @@ pub struct Machine<'a, V: ?Sized, G: ?Sized, M: ?Sized, L: ?Sized> {
     pub vpids: &'a mut VpidPool,
     /// L1's VP assist page, while it is enabled: the enlightened VMCS is announced there.
     pub assist_page: Option<L1Gpa>,
+    /// This VP's place in the partition's table of active enlightened VMCSs, where the embedder keeps one: then one page
+    /// is in use on one VP only.
+    pub active_evmcs: Option<ActivePage<'a>>,
     /// L1's memory.
     pub memory: &'a M,
     /// L1's memory by linear address.

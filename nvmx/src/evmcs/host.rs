@@ -14,6 +14,7 @@ use tlfs_abi::assist::vp_assist_offset;
 use tlfs_abi::evmcs::{CleanFields, EVMCS_VERSION, EnlightenedVmcs, EvmcsEnlightenmentsControl};
 use zerocopy::IntoBytes;
 
+use super::active::{ActivePage, Claim};
 use super::layout::{GROUP_FIELDS, GROUP_WORDS, LIVE_FIELDS, Place};
 use crate::field::Field;
 use crate::groups::{self, Groups};
@@ -53,6 +54,8 @@ pub struct Enlightenments {
 pub enum LoadError {
     /// The GPA is not page aligned, or L1 has no memory there: #UD, as Linux's KVM answers.
     Unreadable,
+    /// L2 runs on the page on another VP: VMfailInvalid.
+    Busy,
     /// VersionNumber is neither 1 nor the revision identifier of IA32_VMX_BASIC: VMfailInvalid.
     Revision,
 }
@@ -92,6 +95,8 @@ pub struct EvmcsCache {
     gpa: Option<L1Gpa>,
     /// L1's memory as last read or written, as far as it was.
     image: EnlightenedVmcs,
+    /// The page is claimed in the partition's table, with L2 running on it.
+    claimed: bool,
     /// `image` says nothing about memory: the next store writes all of its ranges.
     image_unknown: bool,
     enlightenments: Enlightenments,
@@ -109,6 +114,7 @@ impl EvmcsCache {
         Self {
             gpa: None,
             image: EnlightenedVmcs::ZERO,
+            claimed: false,
             image_unknown: true,
             enlightenments: Enlightenments {
                 control: EvmcsEnlightenmentsControl::new(0),
@@ -142,8 +148,44 @@ impl EvmcsCache {
     /// The next exit writes everything that exits write, the next entry reads everything.
     pub const fn restore(&mut self, gpa: L1Gpa, enlightenments: Enlightenments) {
         self.gpa = Some(gpa);
+        // Should L2 be running, the claim of the VP's former life is its own.
+        self.claimed = true;
         self.image_unknown = true;
         self.enlightenments = enlightenments;
+    }
+
+    /// [`load`](Self::load) for a VM entry on a VP that has `place` in the partition's table: a page that L2 runs on
+    /// elsewhere is refused, and one that has been active elsewhere meanwhile is read whole.
+    #[inline]
+    pub fn enter<M: GuestMemory + ?Sized>(
+        &mut self,
+        memory: &M,
+        place: Option<ActivePage<'_>>,
+        gpa: L1Gpa,
+        launch: bool,
+        vmcs12: &mut Vmcs12,
+    ) -> Result<Loaded, LoadError> {
+        let claim = match place {
+            Some(place) if gpa.page_offset() == 0 => place.pages.claim(place.vp, gpa),
+            _ => Claim::Kept,
+        };
+        if claim == Claim::Refused {
+            self.gpa = None;
+            return Err(LoadError::Busy);
+        }
+        self.claimed = place.is_some();
+        self.load(memory, gpa, launch || claim == Claim::Taken, vmcs12)
+    }
+
+    /// L1 runs again: the page may be used on another VP.
+    #[inline]
+    pub fn leave(&mut self, place: Option<ActivePage<'_>>) {
+        if self.claimed {
+            self.claimed = false;
+            if let Some(place) = place {
+                place.pages.leave(place.vp);
+            }
+        }
     }
 
     /// Reads the page at `gpa` into `vmcs12`: version, clean fields and what is always live, then each group that is

@@ -4,8 +4,10 @@
 //! L1's half, for a hypervisor that runs on a host with the enlightenment. `layout` is the page as tables, made of the
 //! one list of `tlfs-abi` and the field table.
 
+mod active;
 pub mod client;
 mod host;
 pub mod layout;
 
+pub use active::{ActivePage, ActivePages, Claim};
 pub use host::{Enlightenments, EvmcsCache, LoadError, Loaded, current_evmcs};

@@ -59,7 +59,7 @@ impl NestedVmx {
         {
             return match error {
                 LoadError::Unreadable => Err(Fault::UD),
-                LoadError::Revision => Ok(Err(Done::FailInvalid)),
+                LoadError::Revision | LoadError::Busy => Ok(Err(Done::FailInvalid)),
             };
         }
         let (current, launched) = match self.current {
@@ -112,7 +112,7 @@ impl NestedVmx {
             let _ = self.write_back(m);
         }
         self.current = Current::None;
-        let loaded = self.evmcs.load(m.memory, gpa, launch, &mut self.vmcs12).inspect_err(|_| {
+        let loaded = self.evmcs.enter(m.memory, m.active_evmcs, gpa, launch, &mut self.vmcs12).inspect_err(|_| {
             self.changed = groups::ALL;
         })?;
         self.changed |= loaded.changed;

@@ -8,6 +8,7 @@
     missing_docs
 )]
 
+mod active;
 mod client;
 mod host;
 mod memory;

@@ -435,6 +435,7 @@ impl Rig {
             io_bitmaps01: &self.io_bitmaps01,
             vpids: &mut self.vpids,
             assist_page: self.assist_page,
+            active_evmcs: None,
             memory: &self.memory,
             linear: &self.memory,
         };

@@ -103,6 +103,7 @@ fn ept() {
 fn evmcs() {
     keep_named! {
         "nvmx::evmcs::LoadError as From": <nvmx::evmcs::LoadError as From<MemoryError>>::from;
+        "nvmx::evmcs::EvmcsCache::enter": EvmcsCache::enter::<Memory>;
         "nvmx::evmcs::EvmcsCache::entered": EvmcsCache::entered::<Memory>;
         "nvmx::evmcs::EvmcsCache::load": EvmcsCache::load::<Memory>;
         "nvmx::evmcs::EvmcsCache::store": EvmcsCache::store::<Memory>;

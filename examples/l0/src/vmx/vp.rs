@@ -2,13 +2,14 @@
 //!
 //! Interrupts are off in L0 and L1's own in the guest. NMIs come at any time; see [`crate::vmx::kick`].
 
-use core::sync::atomic::AtomicU8;
+use core::sync::atomic::{AtomicU8, AtomicU64};
 
 use hvcore::addr::Level;
 use hvcore::flush::LocalFlush;
 use hw::vmx::{self, Entered, InvEpt, InvVpid};
 use hw::{apic, cpu, msr, vmx_host};
 use nvmx::ept::{EptFormat, EptShadow};
+use nvmx::evmcs::{ActivePage, ActivePages};
 use nvmx::exit_reason;
 use nvmx::field::Field;
 use nvmx::vpid::{self, Flush, VpidPool};
@@ -18,6 +19,7 @@ use crate::counters::{self, Counters};
 use crate::fatal::Failure;
 use crate::fetch::{MAX_LENGTH, Paging};
 use crate::hyperv::VpHyperV;
+use crate::ipi::MAX_CPUS;
 use crate::lapic;
 use crate::memory::L1Memory;
 use crate::mutant::Mutant;
@@ -33,6 +35,9 @@ use crate::vmx::{exits, guest, kick, nested, vcr};
 
 /// CR4.OSXSAVE: L0 executes XSETBV for L1.
 const OSXSAVE: u64 = 1 << 18;
+/// The enlightened VMCS that is active on each VP.
+static ACTIVE_EVMCS: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
+
 /// A virtual processor of L1.
 pub struct Vp {
     /// Which processor.
@@ -115,6 +120,7 @@ impl Vp {
             io_bitmaps01: &IO_BITMAPS01.0,
             vpids: keep(VpidPool::new(id as u32, u16::MAX, vpid::Support::SingleContext))?,
             assist_page: None,
+            active_evmcs: Some(ActivePage { pages: ActivePages::new(&ACTIVE_EVMCS), vp: id }),
             memory: &shared.memory,
             linear: keep(L1Linear::new(&shared.memory, shared.address_bits))?,
         };
