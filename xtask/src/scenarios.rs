@@ -343,6 +343,9 @@ pub const SCENARIOS: &[Scenario] = &[
     // The same with L0 as the processor.
     Scenario { name: "l0-vmx-entry-checks", image: "l0", modules: VM_ENTRIES, machine: BOCHS, ..BASE },
     Scenario { name: "l0-boot", image: "l0", modules: RUNTIME_AS_L1, machine: BOCHS, ..BASE },
+    // A kick at every instruction of the window before a VM entry; the control loses one.
+    Scenario { name: "vmx-kick-window", args: "test=kick", cpus: 2, machine: BOCHS, ..BASE },
+    Scenario { name: "vmx-kick-window-control", args: "test=kick redirect=no", cpus: 2, machine: BOCHS, expect: Expect::Failure("a kick was lost"), ..BASE },
     // The smallest hypervisor: alone, and as L1.
     Scenario { name: "vmx-smallest-bare", args: "test=vmx", machine: BOCHS, ..BASE },
     Scenario { name: "vmx-smallest", image: "l0", modules: SMALLEST_L1, machine: BOCHS, ..BASE },

@@ -479,10 +479,15 @@ pub unsafe fn take_nmi() {
     unsafe { asm!("int 2") };
 }
 
+/// The same of [`wait_for_nmi`]: those before its end.
+pub fn wait_window() -> core::ops::Range<u64> {
+    (&raw const hw_vmx_wait_start) as u64..(&raw const hw_vmx_wait_end) as u64
+}
+
 /// Where code goes on that an NMI interrupted at `rip`, for the end of the NMI handler: out of the entry if it was
 /// about to enter, behind the HLT if it was about to halt.
 pub fn redirect(rip: u64) -> u64 {
-    let wait = (&raw const hw_vmx_wait_start) as u64..(&raw const hw_vmx_wait_end) as u64;
+    let wait = wait_window();
     if window().contains(&rip) {
         (&raw const hw_vmx_kicked) as u64
     } else if wait.contains(&rip) {

@@ -7,6 +7,7 @@ mod caller;
 mod ending;
 mod host;
 mod hypercall;
+mod kick;
 mod vmx;
 
 // Linked so that an image with all four shows that they need no operating system.
@@ -22,6 +23,7 @@ fn image(boot: &'static BootInfo) -> ExitCode {
         "boot" => boot::run(boot),
         "hypercall" => hypercall::run(boot),
         "vmx" => vmx::run(boot),
+        "kick" => kick::run(boot),
         "unhandled" => boot::unhandled_exception(),
         "nested" => boot::nested_fault(),
         "panic" => panic!("as asked"),

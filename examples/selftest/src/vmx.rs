@@ -13,7 +13,8 @@ use nvmx::exit_reason;
 use nvmx::field::Field;
 use rt::{BootInfo, ExitCode, frames, println};
 
-static KICKED: AtomicU8 = AtomicU8::new(0);
+/// Stops entries.
+pub static KICKED: AtomicU8 = AtomicU8::new(0);
 
 /// The guest: `rcx` times CPUID of leaf 0x4000_0000 plus the count, a sum of what it gets in `rbx`, then VMCALL.
 #[unsafe(naked)]
@@ -47,9 +48,9 @@ fn pa<T>(object: &T) -> u64 {
 
 /// What the guest is run with.
 #[derive(Clone, Copy, Debug)]
-struct Features {
-    ept: bool,
-    vpid: bool,
+pub struct Features {
+    pub ept: bool,
+    pub vpid: bool,
 }
 
 /// Runs the guest under each set of features, `rounds=N` times CPUID each.
@@ -58,11 +59,8 @@ pub fn run(boot: &'static BootInfo) -> ExitCode {
         println!("vmx: this processor has none");
         return ExitCode::Failure;
     }
+    start();
     let rounds = boot.argument("rounds").and_then(|n| n.parse().ok()).unwrap_or(3);
-    let region = page();
-    let at = pa(region);
-    // SAFETY: VMX is there and off; the page is given away.
-    unsafe { vmx::enable(region, at) }.expect("VMXON");
     for features in [(false, false), (true, false), (true, true)] {
         let features = Features { ept: features.0, vpid: features.1 };
         let clock = cpu::rdtsc();
@@ -70,12 +68,26 @@ pub fn run(boot: &'static BootInfo) -> ExitCode {
         println!("vmx: {features:?}: {rounds} rounds, {} ticks each", (cpu::rdtsc() - clock) / rounds.max(1));
     }
     check_failures();
-    // SAFETY: nothing of VMX is used any more.
-    unsafe { vmx::vmxoff() }.expect("VMXOFF");
+    stop();
     ExitCode::Success
 }
 
-fn run_guest(features: Features, rounds: u64) {
+/// Begins VMX operation.
+pub fn start() {
+    let region = page();
+    let at = pa(region);
+    // SAFETY: VMX is there and off; the page is given away.
+    unsafe { vmx::enable(region, at) }.expect("VMXON");
+}
+
+/// Ends it.
+pub fn stop() {
+    // SAFETY: nothing of VMX is used any more.
+    unsafe { vmx::vmxoff() }.expect("VMXOFF");
+}
+
+/// A current VMCS that runs `guest`, and its address.
+pub fn new_vmcs(features: Features, guest: extern "C" fn() -> !, pin: u32) -> (&'static mut World, u64) {
     let region = page();
     let at = pa(region);
     // SAFETY: VMX operation; the page is given away.
@@ -88,16 +100,21 @@ fn run_guest(features: Features, rounds: u64) {
     // SAFETY: zeroed memory is replaced before it is used.
     let world = unsafe { frames::allocate_slice::<core::mem::MaybeUninit<World>>(1, 64) }.expect("memory")[0]
         .write(World::new(&KICKED));
-    let secret = 0x5ec2e7_u64;
-    world.gprs.rcx = rounds;
-    world.gprs.rsi = pa(&secret);
-    write_controls(features);
-    write_guest();
+    write_controls(features, pin);
+    write_guest(guest);
     // SAFETY: the VMCS is current, the image's tables are loaded, and interrupts run on stacks of their own.
     unsafe {
         vmx_host::write_host_state();
         world.bind();
     }
+    (world, at)
+}
+
+fn run_guest(features: Features, rounds: u64) {
+    let (world, at) = new_vmcs(features, guest, 0);
+    let secret = 0x5ec2e7_u64;
+    world.gprs.rcx = rounds;
+    world.gprs.rsi = pa(&secret);
     let (mut left, mut sum, mut launched) = (rounds, 0, false);
     while left > 0 {
         enter(world, &mut launched);
@@ -125,24 +142,24 @@ fn enter(world: &mut World, launched: &mut bool) {
     *launched = true;
 }
 
-fn read(field: Field) -> u64 {
+pub fn read(field: Field) -> u64 {
     // SAFETY: VMX operation with a current VMCS.
     unsafe { vmx::read(field) }
 }
 
-fn write(field: Field, value: u64) {
+pub fn write(field: Field, value: u64) {
     // SAFETY: VMX operation with a current VMCS, whose guest is the image's own code.
     unsafe { vmx::vmwrite(field.encoding().0.into(), value) }.unwrap_or_else(|e| panic!("VMWRITE {field:?}: {e:?}"));
 }
 
-fn write_controls(features: Features) {
+fn write_controls(features: Features, pin: u32) {
     // SAFETY: VMX is there.
     let has = unsafe { Capabilities::read() };
     let ept = if features.ept { secondary::EPT } else { 0 };
     let vpid = if features.vpid { secondary::VPID } else { 0 };
     let more = if features.ept { primary::SECONDARY_CONTROLS } else { 0 };
     let controls = [
-        (Field::PinBasedControls, has.pin.choose(0, 0)),
+        (Field::PinBasedControls, has.pin.choose(pin, 0)),
         (Field::PrimaryControls, has.primary.choose(primary::HLT_EXITING | more, 0)),
         (Field::ExitControls, has.exit.choose(exit::HOST_ADDRESS_SPACE_SIZE | exit::LOAD_EFER | exit::SAVE_EFER, 0)),
         (Field::EntryControls, has.entry.choose(entry::IA32E_MODE_GUEST | entry::LOAD_EFER, 0)),
@@ -191,7 +208,7 @@ fn identity_ept() -> u64 {
 }
 
 /// 64-bit code in the image's own address space.
-fn write_guest() {
+fn write_guest(guest: extern "C" fn() -> !) {
     let (gdt, gdt_limit) = cpu::sgdt();
     let (idt, idt_limit) = cpu::sidt();
     let selectors = [
