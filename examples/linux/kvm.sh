@@ -1,7 +1,9 @@
 # Loads KVM and runs the launcher's guests: `l1=kvm`. Read by /init.
 mount -t debugfs debugfs /sys/kernel/debug
 mount -t tracefs tracefs /sys/kernel/tracing
-for module in irqbypass kvm kvm-amd; do
+extension=kvm-amd
+grep -q '^flags.* vmx ' /proc/cpuinfo && extension=kvm-intel
+for module in irqbypass kvm $extension; do
     insmod "/lib/modules/$module.ko" || exit
 done
 processors=$(nproc)

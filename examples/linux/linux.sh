@@ -1,5 +1,7 @@
 # Loads KVM and boots a second Linux under QEMU: `l1=linux`. Read by /init.
-for module in irqbypass kvm kvm-amd; do
+extension=kvm-amd
+grep -q '^flags.* vmx ' /proc/cpuinfo && extension=kvm-intel
+for module in irqbypass kvm $extension; do
     insmod "/lib/modules/$module.ko" || exit
 done
 processors=2

@@ -12,8 +12,8 @@ use std::process::Command;
 use xshell::cmd;
 
 const PACKAGES: &str = "examples/linux/packages.txt";
-/// Modules of KVM, in the order in which they are loaded.
-const MODULES: &[&str] = &["irqbypass", "kvm", "kvm-amd"];
+/// Modules of KVM, in the order in which they are loaded; of the last two the processor's own.
+const MODULES: &[&str] = &["irqbypass", "kvm", "kvm-amd", "kvm-intel"];
 
 /// Scripts of `examples/linux`.
 const SCRIPTS: &[&str] = &["init", "kvm.sh", "linux.sh"];

@@ -122,11 +122,30 @@ unsafe extern "C" {
 }
 
 /// The programs' bytes.
-pub fn code() -> &'static [u8] {
+pub fn code() -> Vec<u8> {
     // SAFETY: both symbols are of the same object, below.
-    unsafe {
+    let code = unsafe {
         std::slice::from_raw_parts(&raw const l2_start, &raw const l2_end as usize - &raw const l2_start as usize)
+    };
+    let mut code = code.to_vec();
+    if !is_amd() {
+        let at = code.windows(3).position(|bytes| bytes == VMMCALL).expect("the hypercall");
+        code[at..at + 3].copy_from_slice(&VMCALL);
     }
+    code
+}
+
+const VMMCALL: [u8; 3] = [0x0f, 0x01, 0xd9];
+const VMCALL: [u8; 3] = [0x0f, 0x01, 0xc1];
+
+/// True on AMD's processors: hypercalls are VMMCALL, on others VMCALL.
+fn is_amd() -> bool {
+    // Safe in newer compilers than the oldest that is supported.
+    #[allow(unused_unsafe)]
+    // SAFETY: every x86-64 processor has CPUID.
+    let leaf = unsafe { std::arch::x86_64::__cpuid(0) };
+    // "AuthenticAMD"
+    leaf.ebx == u32::from_le_bytes(*b"Auth")
 }
 
 /// Where `program` starts in L2.

@@ -64,9 +64,9 @@ impl Vm {
         unsafe { vm.set_user_memory_region(region) }.map_err(failed("give memory"))?;
         let made = Self { kvm, vm, memory, processors, hyper_v };
         guest::page_tables(|address, value| made.put(address, value));
-        for (n, byte) in guest::code().iter().enumerate() {
+        for (n, byte) in guest::code().into_iter().enumerate() {
             // SAFETY: the programs are a page at most, inside the memory.
-            unsafe { made.memory.add(CODE as usize + n).write(*byte) };
+            unsafe { made.memory.add(CODE as usize + n).write(byte) };
         }
         Ok(made)
     }
