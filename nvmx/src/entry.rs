@@ -50,11 +50,8 @@ pub enum Entry {
 
 /// Groups whose change makes the guest-state checks necessary. The others the processor checks as well: VMCS02 has the
 /// same values.
-const CHECKED: Groups = CleanFields::CONTROL_ENTRY
-    | CleanFields::CONTROL_GRP1
-    | CleanFields::CRDR
-    | CleanFields::GUEST_GRP1
-    | CleanFields::GUEST_GRP2;
+const CHECKED: Groups =
+    CleanFields::CONTROL_ENTRY | CleanFields::CRDR | CleanFields::GUEST_GRP1 | CleanFields::GUEST_GRP2;
 
 impl NestedVmx {
     /// VMLAUNCH or VMRESUME, once the launch state, the controls and the host state are found good: checks the guest
@@ -70,11 +67,18 @@ impl NestedVmx {
         self.l2.events.injection = None;
         // L1's registers first, VMCS02 after: one switch of the current VMCS.
         let inherited = self.inherit(m.vmcs01);
-        let pdptes = if self.changed & CHECKED != 0 || self.l2.touched || self.pae_paging12() {
+        // Of the pin-based controls the checks know virtual NMIs only; others L1 may change at every entry.
+        let judged = Some((self.vmcs12.get32(Field::PinBasedControls) & pin::VIRTUAL_NMIS, self.secondary12()));
+        let anew = self.changed & CHECKED != 0 || self.l2.touched || self.l2.judged != judged;
+        let pdptes = if anew || self.pae_paging12() {
+            self.l2.judged = None;
             // The checks look at all of the guest state together.
             self.fetch_all(m.vmcs02);
             match check::guest(&self.vmcs12, &self.config, root, m.memory) {
-                Ok(pdptes) => pdptes,
+                Ok(pdptes) => {
+                    self.l2.judged = judged;
+                    pdptes
+                }
                 Err(refusal) => {
                     self.last_refusal = Some(Refusal::Guest(refusal));
                     return self.refuse(m, exit_reason::INVALID_GUEST_STATE, refusal.qualification());

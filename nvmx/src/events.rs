@@ -142,7 +142,8 @@ impl Events {
 }
 
 impl NestedVmx {
-    /// An NMI for L1. Held while NMIs are blocked; further ones merge with it.
+    /// An NMI for L1. Held while NMIs are blocked; further ones merge with it. Without virtual NMIs in the processor it
+    /// goes in at the first entry that finds them open.
     #[inline]
     pub const fn pend_nmi(&mut self) {
         self.l2.events.nmi = true;
@@ -296,7 +297,7 @@ impl NestedVmx {
             if free && nmi_open(vmcs01) {
                 self.l2.events.nmi = false;
                 Injection::nmi().write(vmcs01);
-            } else {
+            } else if vmcs01.read32(Field::PinBasedControls) & pin::VIRTUAL_NMIS != 0 {
                 windows |= primary::NMI_WINDOW_EXITING;
             }
         }
@@ -330,7 +331,7 @@ impl NestedVmx {
             if !behind && !self.pin12(pin::NMI_EXITING) && nmi_open(vmcs02) {
                 self.l2.events.nmi = false;
                 self.l2.events.injection = Some(Injection::nmi());
-            } else {
+            } else if self.l2.pin & pin::VIRTUAL_NMIS != 0 {
                 self.l2.events.windows02 |= primary::NMI_WINDOW_EXITING;
             }
         }

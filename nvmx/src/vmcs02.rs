@@ -104,6 +104,8 @@ pub(crate) struct L2 {
     pub(crate) own: Option<Own>,
     /// Fields of group [`groups::OTHER`] that VMCS02's controls depend on were written by L1.
     pub(crate) touched: bool,
+    /// The controls, of those that matter to them, with which the guest-state checks were made last.
+    pub(crate) judged: Option<(u32, u32)>,
     /// Primary controls of VMCS02 without windows of the library's own.
     pub(crate) primary: u32,
     /// Pin-based controls of VMCS02 without a timer of the library's own.
@@ -205,6 +207,7 @@ impl L2 {
     pub(crate) const fn forget(&mut self) {
         self.stale = FieldSet::EMPTY;
         self.touched = true;
+        self.judged = None;
     }
 
     /// INIT: nothing waits, and VMCS01 is about to be written anew.

@@ -61,3 +61,36 @@ fn an_ept_violation_that_l0_settles() {
     let spent = rig.spent();
     assert_eq!((spent.vmreads(), spent.vmwrites(), spent.vmptrlds), (4, 0, 0), "{spent:?}");
 }
+
+/// What L1 changes at every entry does not make L0 read and check all of L2's state; what can make that state bad does.
+#[test]
+fn guest_state_is_checked_again_when_it_matters() {
+    use nvmx::controls::{pin, primary, secondary};
+    for (field, bit, checked) in [
+        (Field::PinBasedControls, pin::PREEMPTION_TIMER, false),
+        (Field::PrimaryControls, primary::INTERRUPT_WINDOW_EXITING, false),
+        (Field::PinBasedControls, pin::NMI_EXITING | pin::VIRTUAL_NMIS, true),
+        (Field::SecondaryControls, secondary::UNRESTRICTED_GUEST, true),
+        (Field::GuestCr3, 0x10, true),
+    ] {
+        let mut rig = Rig::running(&[]);
+        let spent = round_trip(&mut rig, |rig| {
+            let fields = rig.plus(field, bit.into());
+            rig.set(&[fields]);
+        });
+        assert_eq!(spent.reads[1].contains(&Field::GuestFsBase), checked, "{field:?}");
+    }
+    // Without the unrestricted guest an L2 in real mode is no more.
+    let mut rig = Rig::filled();
+    let unrestricted = rig.plus(Field::SecondaryControls, secondary::UNRESTRICTED_GUEST.into());
+    rig.set(&[unrestricted]);
+    assert_eq!(rig.l1(exit_reason::VMLAUNCH), L1Exit::EnterL2);
+    rig.run();
+    rig.vmcs02.poke(Field::GuestCr0, 0x21);
+    rig.vmcs02.poke(Field::GuestEfer, 0);
+    assert_eq!(rig.l2(exit_reason::CPUID), L2Exit::ToL1);
+    let restricted = unrestricted.1 & !u64::from(secondary::UNRESTRICTED_GUEST);
+    rig.set(&[(Field::SecondaryControls, restricted)]);
+    assert_eq!(rig.l1(exit_reason::VMRESUME), L1Exit::Resume);
+    assert_eq!(rig.told(Field::ExitReason), 0x8000_0021);
+}

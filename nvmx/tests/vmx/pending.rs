@@ -369,3 +369,44 @@ fn an_exit_of_l1_in_the_middle_of_a_delivery_repeats_it() {
     assert_eq!(rig.l1(r::HLT), L1Exit::NotMine { reason: r::HLT });
     assert_eq!(rig.vmcs01.peek(Field::EntryInterruptionInfo), 0);
 }
+
+#[test]
+fn without_virtual_nmis_there_are_no_windows_for_them() {
+    let mut host = host();
+    host.pin.allowed &= !pin::VIRTUAL_NMIS;
+    host.primary.allowed &= !primary::NMI_WINDOW_EXITING;
+    let mut rig = Rig::filled_with(Config::all(host, false, false).unwrap());
+    rig.vmcs01.poke(Field::PinBasedControls, 0x16 | u64::from(pin::NMI_EXITING));
+    rig.vmcs01.poke(Field::GuestInterruptibility, 8);
+    rig.nested.pend_nmi();
+    rig.run();
+    assert_eq!(rig.vmcs01.peek(Field::PrimaryControls) & u64::from(primary::NMI_WINDOW_EXITING), 0);
+    assert_eq!(rig.vmcs01.peek(Field::EntryInterruptionInfo), 0);
+    rig.vmcs01.poke(Field::GuestInterruptibility, 0);
+    rig.run();
+    assert_eq!(rig.vmcs01.peek(Field::EntryInterruptionInfo), NMI);
+    assert_eq!(rig.l1(r::VMLAUNCH), L1Exit::EnterL2);
+    rig.vmcs02.poke(Field::GuestInterruptibility, 8);
+    rig.nested.pend_nmi();
+    rig.run();
+    assert!(!window(&rig, primary::NMI_WINDOW_EXITING));
+}
+
+#[test]
+fn l1_gets_its_nmi_when_its_window_opens() {
+    let mut rig = Rig::ready();
+    rig.vmcs01.poke(Field::PinBasedControls, 0x16 | u64::from(pin::NMI_EXITING | pin::VIRTUAL_NMIS));
+    rig.vmcs01.poke(Field::GuestInterruptibility, 8);
+    rig.nested.pend_nmi();
+    rig.run();
+    assert_ne!(rig.vmcs01.peek(Field::PrimaryControls) & u64::from(primary::NMI_WINDOW_EXITING), 0);
+    rig.vmcs01.poke(Field::GuestInterruptibility, 0);
+    assert_eq!(rig.l1(r::NMI_WINDOW), L1Exit::Resume);
+    rig.run();
+    assert_eq!(rig.vmcs01.peek(Field::EntryInterruptionInfo), NMI);
+    // Behind the embedder's own injection it waits once more.
+    rig.nested.pend_nmi();
+    rig.run();
+    assert_eq!(rig.vmcs01.peek(Field::EntryInterruptionInfo), NMI);
+    assert_ne!(rig.vmcs01.peek(Field::PrimaryControls) & u64::from(primary::NMI_WINDOW_EXITING), 0);
+}
