@@ -37,7 +37,7 @@ fn l2s_time_is_l1s_scaled_and_shifted() {
             for _ in 0..3 {
                 let Ended::Done(time) = world.exec(0, 0, Op::Rdtsc) else { panic!("RDTSC of L2") };
                 let l1 = (world.cpus[0].hw.tsc + OWN_TSC_OFFSET) as u128;
-                let wanted = (l1 * u128::from(ratio) >> 32) as u64 + 77;
+                let wanted = ((l1 * u128::from(ratio)) >> 32) as u64 + 77;
                 assert!(time.abs_diff(wanted) <= 1, "{time:#x} {wanted:#x}");
                 // L1's own time is not scaled; it passes meanwhile.
                 world.to_l1(0, 0);
