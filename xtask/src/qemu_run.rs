@@ -106,6 +106,7 @@ fn run_one(
             exits: None,
             l0_instructions: None,
             counts: BTreeMap::new(),
+            l0: BTreeMap::new(),
         }]);
     }
     let progress = Progress { what: format!("{} on {machine_name}", scenario.name), ..progress };

@@ -59,6 +59,8 @@ pub struct ResultLine {
     pub l0_instructions: Option<u64>,
     /// What the scenario counted itself.
     pub counts: BTreeMap<String, u64>,
+    /// L0's counters, by how much they went up meanwhile.
+    pub l0: BTreeMap<String, u64>,
 }
 
 impl ResultLine {
@@ -100,6 +102,8 @@ impl ResultLine {
             l0_instructions: Option<u64>,
             #[serde(skip_serializing_if = "BTreeMap::is_empty")]
             counts: &'a BTreeMap<String, u64>,
+            #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+            l0: &'a BTreeMap<String, u64>,
             #[serde(skip_serializing_if = "Option::is_none")]
             run: Option<u32>,
         }
@@ -111,6 +115,7 @@ impl ResultLine {
             exits: self.exits,
             l0_instructions: self.l0_instructions,
             counts: &self.counts,
+            l0: &self.l0,
             run,
         };
         Ok(serde_json::to_string(&line)?)
@@ -156,6 +161,7 @@ pub fn of_run(
         exits: None,
         l0_instructions: None,
         counts: BTreeMap::new(),
+        l0: BTreeMap::new(),
     };
     if chosen.parts.is_empty() {
         let mut counts = BTreeMap::new();
@@ -165,6 +171,13 @@ pub fn of_run(
             exits: ended.stat("exits"),
             l0_instructions: ended.stat("l0_instructions").filter(|_| counted),
             counts,
+            l0: ended
+                .emulator
+                .lines()
+                .filter_map(|l| l.trim().strip_prefix("l0: stats:"))
+                .next_back()
+                .map(counters)
+                .unwrap_or_default(),
             ..line(chosen.scenario.name.to_string(), verdict)
         }];
     }
@@ -187,6 +200,7 @@ pub fn of_run(
             exits: said.stat("exits").map(|exits| exits.saturating_sub(1)),
             l0_instructions: said.stat("l0_instructions").filter(|_| counted),
             counts: said.counts.clone(),
+            l0: said.counters(),
             ..line(name, said.verdict.clone())
         });
     }
@@ -206,7 +220,25 @@ struct Said<'a> {
     stats: Option<(&'a str, &'a str)>,
 }
 
+/// `name=value` of a line of L0's counters, but for those that the report has beside them.
+fn counters(line: &str) -> BTreeMap<String, u64> {
+    let pairs = line.split_ascii_whitespace().filter_map(|word| word.split_once('='));
+    let pairs = pairs.filter(|(name, _)| !["exits", "l0_instructions"].contains(name));
+    pairs.filter_map(|(name, value)| Some((name.to_string(), value.parse().ok()?))).collect()
+}
+
 impl Said<'_> {
+    /// By how much L0's counters went up.
+    fn counters(&self) -> BTreeMap<String, u64> {
+        let Some((before, after)) = self.stats else { return BTreeMap::new() };
+        let before = counters(before);
+        let up = |(name, value): (String, u64)| {
+            let up = value.checked_sub(before.get(&name).copied().unwrap_or(0))?;
+            (up > 0).then_some((name, up))
+        };
+        counters(after).into_iter().filter_map(up).collect()
+    }
+
     /// By how much L0's counter `name` went up; L0 does not print those that are zero.
     fn stat(&self, name: &str) -> Option<u64> {
         let value = |line: &str| {
