@@ -81,12 +81,15 @@ pub enum Expect {
 pub enum Extension {
     /// AMD-V.
     Svm,
+    /// VT-x.
+    Vmx,
 }
 
 impl Extension {
     const fn name(self) -> &'static str {
         match self {
             Extension::Svm => "svm",
+            Extension::Vmx => "vmx",
         }
     }
 }
@@ -187,6 +190,19 @@ const TWO_FILES: &[Module] = &[
 
 /// The small hypervisor on the emulator itself.
 const SVM_BARE: Scenario = Scenario { name: "svm-bare", batch: Some(Extension::Svm), image: "l1", ..BASE };
+
+/// The same on VT-x.
+const VMX_BARE: Scenario =
+    Scenario { name: "vmx-bare", batch: Some(Extension::Vmx), image: "l1", machine: BOCHS, timeout: 300, ..BASE };
+const VMX: Scenario = Scenario {
+    name: "vmx",
+    batch: Some(Extension::Vmx),
+    image: "l0",
+    modules: SMALL_L1,
+    machine: BOCHS,
+    timeout: 300,
+    ..BASE
+};
 
 /// The small hypervisor on L0.
 const SVM: Scenario =
@@ -346,6 +362,11 @@ pub const SCENARIOS: &[Scenario] = &[
     // A kick at every instruction of the window before a VM entry; the control loses one.
     Scenario { name: "vmx-kick-window", args: "test=kick", cpus: 2, machine: BOCHS, ..BASE },
     Scenario { name: "vmx-kick-window-control", args: "test=kick redirect=no", cpus: 2, machine: BOCHS, expect: Expect::Failure("a kick was lost"), ..BASE },
+    // The small hypervisor on VT-x: alone, and as L1.
+    VMX_BARE,
+    Scenario { cpus: 2, ..VMX_BARE },
+    VMX,
+    Scenario { cpus: 2, ..VMX },
     // The smallest hypervisor: alone, and as L1.
     Scenario { name: "vmx-smallest-bare", args: "test=vmx", machine: BOCHS, ..BASE },
     Scenario { name: "vmx-smallest", image: "l0", modules: SMALLEST_L1, machine: BOCHS, ..BASE },

@@ -47,7 +47,24 @@ impl Msrpm {
     }
 }
 
+impl Msrpm {
+    /// The same, as VMX's MSR bitmap: reads low, reads high, writes low, writes high, 1 KiB each.
+    pub fn to_vmx(&self, map: &mut [u8; 4096]) {
+        for n in 0..2 * 8192usize {
+            // Two bits an MSR: read, write.
+            let rights = self.0[n / 4] >> (n % 4 * 2);
+            map[n / 8] |= (rights & 1) << (n % 8);
+            map[2048 + n / 8] |= (rights >> 1 & 1) << (n % 8);
+        }
+    }
+}
+
 impl Iopm {
+    /// The same, as VMX's I/O bitmaps A and B.
+    pub fn to_vmx(&self, map: &mut [u8; 8192]) {
+        map.copy_from_slice(&self.0[..8192]);
+    }
+
     pub fn clear(&mut self) {
         self.0 = [0; 12288];
     }

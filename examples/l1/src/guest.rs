@@ -1,10 +1,11 @@
 //! An L2 guest: its VMCB, its registers and the world switch.
 //!
-//! The scenarios build guests and run them; uses `vmcb` and the hardware layer. A guest runs code of this image in
+//! The scenarios build guests and run them; uses `vmcb`, the hardware layer, and on VT-x `vmx`. A guest runs code of this image in
 //! ring 0 with this image's page tables unless a scenario says otherwise, so a guest program is a function here.
 
 use crate::vmcb::{Segment, Vmcb, exit, misc1, misc2};
-use hw::svm::Gprs;
+use crate::vmx;
+use hw::vmx::Gprs;
 use hw::{cpu, msr};
 
 /// Bytes of a guest's stack.
@@ -16,6 +17,8 @@ pub struct Guest {
     pub vmcb: Vmcb,
     stack: [u8; STACK],
     pub gprs: Gprs,
+    /// What it has on VT-x.
+    side: vmx::Side,
 }
 
 /// What ended a run of the guest, as far as the scenarios tell exits apart.
@@ -28,7 +31,7 @@ pub struct Exit {
 
 impl Guest {
     pub const fn new() -> Self {
-        Self { vmcb: Vmcb::new(), stack: [0; STACK], gprs: GPRS_ZERO }
+        Self { vmcb: Vmcb::new(), stack: [0; STACK], gprs: GPRS_ZERO, side: vmx::Side::new() }
     }
 
     /// Makes this a guest in long mode that calls `program` with `argument`.
@@ -72,6 +75,9 @@ impl Guest {
 
     /// Runs the guest until its next exit.
     pub fn run(&mut self) -> Exit {
+        if vmx::is_on() {
+            return self.run_closed();
+        }
         // SAFETY: EFER.SVME is set on every processor before a scenario runs.
         unsafe { hw::svm::clgi() };
         let exit = self.run_closed();
@@ -82,6 +88,9 @@ impl Guest {
 
     /// Runs the guest until its next exit; GIF is clear before and after.
     pub fn run_closed(&mut self) -> Exit {
+        if vmx::is_on() {
+            return self.side.run(&mut self.gprs, &mut self.vmcb);
+        }
         let vmcb = (&raw mut self.vmcb) as u64;
         self.vmcb.set_rax(self.gprs.rax);
         // SAFETY: GIF is clear; the guest's code is this image's own, or sees only what its nested page table maps.

@@ -73,6 +73,27 @@ pub fn disable_assist_page() {
     unsafe { hw::msr::wrmsr(msr::VP_ASSIST_PAGE, 0) };
 }
 
+/// True when this processor's VP assist page is enabled.
+pub fn has_assist_page() -> bool {
+    // SAFETY: a processor that has been given a page has a host with the MSR.
+    ASSIST[rt::cpu::current().index as usize].load(Ordering::Relaxed) != 0
+        && unsafe { hw::msr::rdmsr(msr::VP_ASSIST_PAGE) } & msr::PageMsr::ENABLE != 0
+}
+
+/// Announces the enlightened VMCS of this processor's next entries, or that there is none.
+pub fn set_current_evmcs(gpa: Option<u64>) {
+    use assist::vp_assist_offset::{CURRENT_NESTED_VMCS, ENLIGHTEN_VM_ENTRY};
+    let page = ASSIST[rt::cpu::current().index as usize].load(Ordering::Relaxed);
+    if page == 0 {
+        return;
+    }
+    // SAFETY: the page is this processor's VP assist page, mapped one to one.
+    unsafe {
+        ((page + CURRENT_NESTED_VMCS) as *mut u64).write_volatile(gpa.unwrap_or(0));
+        ((page + ENLIGHTEN_VM_ENTRY) as *mut u8).write_volatile(u8::from(gpa.is_some()));
+    }
+}
+
 /// A partition assist page: its first word is TlbLockCount.
 pub fn partition_assist() -> u64 {
     frames::page()

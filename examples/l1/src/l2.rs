@@ -63,7 +63,7 @@ pub unsafe extern "C" fn reader() {
     )
 }
 
-/// L2's way to the host: VMMCALL in the three conventions.
+/// L2's way to the host: VMMCALL or VMCALL in the three conventions.
 pub struct Vmmcall {
     /// The input page; its address is the same in L2 physical memory.
     pub page: &'static mut [u64; INPUT_WORDS],
@@ -94,10 +94,16 @@ impl HypercallPort for Vmmcall {
                 "movups xmm3, [r9 + 64]", "movups xmm4, [r9 + 80]", "movups xmm5, [r9 + 96]",
                 "mov rdx, [r9]",
                 "mov r8, [r9 + 8]",
+                "test {vmx:e}, {vmx:e}",
+                "jnz 2f",
                 "vmmcall",
+                "jmp 3f",
+                "2: vmcall",
+                "3:",
                 "mov [r9 + 208], rax",
                 "movups xmm0, [r9 + 112]", "movups xmm1, [r9 + 128]", "movups xmm2, [r9 + 144]",
                 "movups xmm3, [r9 + 160]", "movups xmm4, [r9 + 176]", "movups xmm5, [r9 + 192]",
+                vmx = in(reg) u32::from(crate::vmx::is_on()),
                 in("r9") &raw mut frame,
                 inout("rcx") input.raw() => _,
                 out("rax") _, out("rdx") _, out("r8") _,
@@ -121,7 +127,11 @@ fn vmmcall(input: HypercallInput, rdx: u64, r8: u64) -> HypercallResult {
     let result;
     // SAFETY: a hypercall changes RAX and RCX and reads the input page.
     unsafe {
-        asm!("vmmcall", inout("rcx") input.raw() => _, inout("rdx") rdx => _, inout("r8") r8 => _, out("rax") result);
+        asm!(
+            "test {vmx:e}, {vmx:e}", "jnz 2f", "vmmcall", "jmp 3f", "2: vmcall", "3:",
+            vmx = in(reg) u32::from(crate::vmx::is_on()),
+            inout("rcx") input.raw() => _, inout("rdx") rdx => _, inout("r8") r8 => _, out("rax") result,
+        );
     }
     result_of(result)
 }

@@ -1,4 +1,4 @@
-//! A small hypervisor for AMD-V: L1 when the L0 hypervisor runs it, an ordinary hypervisor on bare hardware.
+//! A small hypervisor for AMD-V and VT-x: L1 when the L0 hypervisor runs it, an ordinary hypervisor on bare hardware.
 //!
 //! The kernel command line says what it does: `scenario=NAME,NAME` runs these scenarios, nothing or `scenario=all` runs
 //! them all, `bench=all` measures. It prints a line for each scenario and ends the machine with the verdict.
@@ -18,6 +18,7 @@ mod smp;
 #[allow(dead_code, reason = "a table of the architecture: scenarios use what they need of it")]
 mod vmcb;
 mod vms;
+mod vmx;
 
 use core::fmt;
 use global::Global;
@@ -69,8 +70,12 @@ pub fn cpu_guest() -> &'static mut Guest {
     GUESTS[rt::cpu::current().index as usize].get()
 }
 
-/// Makes this processor one that can run guests.
-pub fn enable_svm() -> bool {
+/// Makes this processor one that can run guests, by the extension that it has.
+pub fn enable() -> bool {
+    if hw::svm::capabilities().is_none() && hw::vmx::supported() { vmx::enable() } else { enable_svm() }
+}
+
+fn enable_svm() -> bool {
     if hw::svm::capabilities().is_none() {
         rt::println!("no SVM on this processor");
         return false;
@@ -100,7 +105,7 @@ fn run(boot: &'static BootInfo) -> ExitCode {
         hw::port::outb(0xA1, 0xFF);
     }
     let cpus = boot.argument("cpus").and_then(|n| n.parse().ok()).unwrap_or(1);
-    if !enable_svm() || !smp::start(cpus) {
+    if !enable() || !smp::start(cpus) {
         rt::println!("not all processors came");
         return ExitCode::Failure;
     }
@@ -124,7 +129,7 @@ fn run(boot: &'static BootInfo) -> ExitCode {
     let may_skip = boot.argument("skip") != Some("no");
     let counters = boot.argument("counters") == Some("each");
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
-    let chosen = SCENARIOS.iter().filter(|s| scenarios::is_wanted(s, wanted));
+    let chosen = SCENARIOS.iter().filter(|s| s.fits() && scenarios::is_wanted(s, wanted));
     rt::println!("{} scenarios", chosen.clone().count());
     ask_for_counters(counters);
     for scenario in chosen {

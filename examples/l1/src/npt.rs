@@ -19,6 +19,12 @@ pub struct Table {
     root: u64,
 }
 
+/// What a leaf needs beside its rights: write-back memory in EPT's format. In guest tables on VT-x the same bits say
+/// that a page was accessed and is not cached, which does no harm.
+fn leaf() -> u64 {
+    if crate::vmx::is_on() { 6 << 3 } else { 0 }
+}
+
 type Page = [u64; 512];
 
 fn page(address: u64) -> &'static mut Page {
@@ -32,7 +38,7 @@ impl Table {
         let root = frames::page();
         let table = Self { root };
         for n in 0..gib * 512 {
-            *table.entry(n << 21, 1) = n << 21 | LARGE | ALL;
+            *table.entry(n << 21, 1) = n << 21 | LARGE | ALL | leaf();
         }
         table
     }
@@ -60,7 +66,7 @@ impl Table {
 
     /// Maps the 4 KiB page of `address` to `target` with `flags`.
     pub fn map(&self, address: u64, target: u64, flags: u64) {
-        *self.entry(address, 0) = target & ADDRESS | flags;
+        *self.entry(address, 0) = target & ADDRESS | flags | leaf();
     }
 }
 
@@ -71,7 +77,7 @@ fn split(entry: u64, level: u32) -> u64 {
     let large = if level > 1 { LARGE } else { 0 };
     for (n, slot) in page(table).iter_mut().enumerate() {
         let target = (entry & ADDRESS) + n as u64 * size;
-        *slot = target | entry & (ALL | NO_EXECUTE) | large;
+        *slot = target | entry & (ALL | NO_EXECUTE) | large | leaf();
     }
     table
 }

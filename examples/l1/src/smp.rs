@@ -29,7 +29,7 @@ pub fn count() -> usize {
 }
 
 fn wait_for_jobs(cpu: &'static Cpu) {
-    if !crate::enable_svm() {
+    if !crate::enable() {
         return;
     }
     let slot = &SLOTS[cpu.index as usize];

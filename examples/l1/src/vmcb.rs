@@ -109,6 +109,14 @@ impl Vmcb {
         slot[8..16].copy_from_slice(&base.to_le_bytes());
     }
 
+    /// A segment as [`set_segment`](Self::set_segment) set it: selector, attributes, limit, base.
+    pub fn segment(&self, segment: Segment) -> (u16, u16, u32, u64) {
+        let mut slot = [0; 16];
+        slot.copy_from_slice(&self.0[segment as usize..segment as usize + 16]);
+        let word = u128::from_le_bytes(slot);
+        (word as u16, (word >> 16) as u16, (word >> 32) as u32, (word >> 64) as u64)
+    }
+
     /// Raw bytes, for scenarios that damage a VMCB on purpose.
     pub fn bytes_mut(&mut self) -> &mut [u8; 4096] {
         &mut self.0

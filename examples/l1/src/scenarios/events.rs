@@ -6,6 +6,8 @@ use crate::vmcb::{event, exit, misc1, misc2};
 use crate::{check, cpu_guest, frames};
 use core::arch::naked_asm;
 
+const RFLAGS_IF: u64 = 1 << 9;
+
 /// An IDT for a guest: every vector leads to one handler, which counts in R12 and keeps what was on the stack in R13.
 struct GuestIdt {
     base: u64,
@@ -65,6 +67,8 @@ pub fn injection() -> Outcome {
         guest.vmcb.set_idtr_limit(0xFFF);
         let code = error_code.map_or(0, |code| code << 32 | event::ERROR_CODE);
         guest.vmcb.set_event_inj(what | event::VALID | code);
+        // VT-x injects interrupts only where the guest would take them.
+        guest.vmcb.set_rflags(2 | RFLAGS_IF);
         let rip = guest.vmcb.rip();
         guest.expect(exit::HLT)?;
         check("deliveries", guest.gprs.r12, 1)?;
@@ -89,6 +93,7 @@ pub fn interrupted_delivery() -> Outcome {
     table.map(idt.base, 0, 0);
     let injected = event::TYPE_INTR | 0x41 | event::VALID;
     guest.vmcb.set_event_inj(injected);
+    guest.vmcb.set_rflags(2 | RFLAGS_IF);
     let fault = guest.expect(exit::NPF)?;
     check("page of EXITINFO2", fault.info2 & !0xFFF, idt.base)?;
     check("EXITINTINFO", guest.vmcb.exit_int_info() & event::WHAT, injected)?;

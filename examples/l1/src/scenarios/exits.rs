@@ -37,14 +37,11 @@ pub fn cpuid() -> Outcome {
     check("what L2 saw", guest.gprs.rsi, 0x1_0000_0025)
 }
 
-#[unsafe(naked)]
-unsafe extern "C" fn program_hlt() {
-    naked_asm!("mov r15, 1", "hlt", "mov r15, 2", "hlt", "mov r15, 3", "vmmcall", "hlt")
-}
+crate::hypercall_program!(program_hlt, ["mov r15, 1", "hlt", "mov r15, 2", "hlt", "mov r15, 3"], ["hlt"]);
 
 pub fn hlt() -> Outcome {
     let guest = cpu_guest();
-    guest.long_mode(program_hlt, 0);
+    guest.long_mode(program_hlt(), 0);
     let start = guest.vmcb.rip();
     guest.expect(exit::HLT)?;
     check("r15", guest.gprs.r15, 1)?;
@@ -309,15 +306,13 @@ pub fn shutdown() -> Outcome {
     guest.expect(exit::SHUTDOWN).map(drop)
 }
 
+crate::hypercall_program!(
 /// The guest's own view of a run that L1 never intercepts: registers, flags and stack survive the world switches.
-#[unsafe(naked)]
-unsafe extern "C" fn program_registers() {
-    naked_asm!("push rdi", "mov rcx, 3", "2:", "vmmcall", "loop 2b", "pop rdi", "hlt",)
-}
+program_registers, ["push rdi", "mov rcx, 3", "2:"], ["loop 2b", "pop rdi", "hlt"]);
 
 pub fn registers() -> Outcome {
     let guest = cpu_guest();
-    guest.long_mode(program_registers, 0x1122_3344_5566_7788);
+    guest.long_mode(program_registers(), 0x1122_3344_5566_7788);
     for n in 0..3 {
         guest.expect(exit::VMMCALL)?;
         check("rcx", guest.gprs.rcx, 3 - n)?;

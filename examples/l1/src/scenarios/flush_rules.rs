@@ -5,22 +5,15 @@ use crate::guest::Guest;
 use crate::npt::Table;
 use crate::vmcb::exit;
 use crate::{check, cpu_guest, hyperv};
-use core::arch::naked_asm;
 use tlfs_abi::hypercall::{CallCode, HypercallInput, HypercallResult};
 use tlfs_abi::status::HvStatus;
 
+crate::hypercall_program!(
 /// One hypercall by registers (RCX, RDX, R8 from the four words at RDI, XMM0 from the fourth), then HLT.
-#[unsafe(naked)]
-unsafe extern "C" fn program_call() {
-    naked_asm!(
-        "mov rcx, [rdi]",
-        "mov rdx, [rdi + 8]",
-        "mov r8, [rdi + 16]",
-        "movq xmm0, qword ptr [rdi + 24]",
-        "vmmcall",
-        "hlt",
-    )
-}
+program_call,
+    ["mov rcx, [rdi]", "mov rdx, [rdi + 8]", "mov r8, [rdi + 16]", "movq xmm0, qword ptr [rdi + 24]"],
+    ["hlt"]
+);
 
 /// Bytes before the VMMCALL and of it.
 const TO_CALL: u64 = 3 + 4 + 4 + 5;
@@ -41,7 +34,7 @@ impl Caller {
         // SAFETY: the page is this caller's.
         unsafe { words.write([HypercallInput::new(code).with_fast().raw(), 0, 0b11, 0]) };
         let guest = cpu_guest();
-        guest.long_mode(program_call, words as u64);
+        guest.long_mode(program_call(), words as u64);
         let nested = Table::identity(4);
         guest.vmcb.set_np_enable(1);
         guest.vmcb.set_n_cr3(nested.root());

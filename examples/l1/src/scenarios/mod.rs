@@ -23,11 +23,20 @@ pub type Outcome = Result<(), Failure>;
 pub struct Scenario {
     pub name: &'static str,
     pub run: fn() -> Outcome,
+    /// `svm`, `vmx` or `both`.
+    on: &'static str,
+}
+
+impl Scenario {
+    /// True when it is for the extension that this processor has.
+    pub fn fits(&self) -> bool {
+        self.on != if crate::vmx::is_on() { "svm" } else { "vmx" }
+    }
 }
 
 macro_rules! scenarios {
     ($($on:ident $name:literal => $function:path;)*) => {
-        pub const SCENARIOS: &[Scenario] = &[$(Scenario { name: $name, run: $function },)*];
+        pub const SCENARIOS: &[Scenario] = &[$(Scenario { name: $name, run: $function, on: stringify!($on) },)*];
     };
 }
 

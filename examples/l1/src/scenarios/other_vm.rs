@@ -6,7 +6,6 @@ use crate::l2::{self, Reader, Shared};
 use crate::npt::Table;
 use crate::vmcb::exit;
 use crate::{Failure, check, cpu_guest, frames, hyperv, smp};
-use core::arch::naked_asm;
 use core::sync::atomic::{AtomicU64, Ordering};
 use tlfs_abi::flush::FlushFlags;
 use tlfs_abi::hypercall::{CallCode, HypercallInput};
@@ -18,19 +17,13 @@ const VP_ID: u32 = 3;
 /// Polls for the reader to go on.
 const PATIENCE: u64 = 200_000_000;
 
-/// Flushes every address space of all processors of its machine: the input value is in RDI, the flags in RSI.
-#[unsafe(naked)]
-unsafe extern "C" fn program_flush() {
-    naked_asm!(
-        "mov rcx, rdi",
-        // The address space, the flags; XMM0: the mask.
-        "xor edx, edx",
-        "mov r8, rsi",
-        "pxor xmm0, xmm0",
-        "vmmcall",
-        "hlt",
-    )
-}
+crate::hypercall_program!(
+    /// Flushes every address space of all processors of its machine: the input value is in RDI, the flags in RSI. The
+    /// mask, in XMM0, is empty.
+    program_flush,
+    ["mov rcx, rdi", "xor edx, edx", "mov r8, rsi", "pxor xmm0, xmm0"],
+    ["hlt"]
+);
 
 /// The reader's machine.
 struct Watched {
@@ -117,7 +110,7 @@ fn flush_from(vm_id: u64, watched: &Watched) -> Result<bool, Failure> {
     check("most reads are stale before the flush", u64::from(stale * 2 > reads), 1)?;
     let guest = cpu_guest();
     let call = HypercallInput::new(CallCode::FLUSH_VIRTUAL_ADDRESS_SPACE).with_fast();
-    guest.long_mode(program_flush, call.raw());
+    guest.long_mode(program_flush(), call.raw());
     guest.gprs.rsi = FlushFlags::ALL_PROCESSORS | FlushFlags::ALL_VIRTUAL_ADDRESS_SPACES;
     guest.vmcb.set_np_enable(1);
     guest.vmcb.set_n_cr3(Table::identity(4).root());
