@@ -274,7 +274,7 @@ impl NestedVmx {
             return L2Exit::Embedder { reason: r::CR_ACCESS };
         }
         m.vmcs02.write(real, value & !own_mask | own_value);
-        let shown = shown & mask12 | value & !mask12;
+        let shown = shown & mask12 | value & own_mask & !mask12;
         self.l2.cache.write(m.vmcs02, shadow, shown);
         complete_instruction(m.vmcs02);
         L2Exit::Resume

@@ -371,8 +371,8 @@ impl NestedVmx {
             let (value, mask12, shadow12) = (self.vmcs12.get(real), self.vmcs12.get(mask), self.vmcs12.get(shadow));
             self.put(vmcs02, real, value & !own_mask | own_value);
             self.put(vmcs02, mask, mask12 | own_mask);
-            // Where L1 has no mask L2 reads the register itself, as L1 set it.
-            self.put(vmcs02, shadow, shadow12 & mask12 | value & !mask12);
+            // Where the embedder alone has a mask L2 reads what L1 believes the register to be.
+            self.put(vmcs02, shadow, shadow12 & mask12 | value & own_mask & !mask12);
         }
         self.copy(vmcs02, Field::GuestCr3);
     }

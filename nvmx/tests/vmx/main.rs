@@ -7,6 +7,7 @@ mod bitmaps;
 mod cr;
 mod economy;
 mod entry;
+mod equivalence;
 mod evmcs;
 mod exceptions;
 mod invalidate;

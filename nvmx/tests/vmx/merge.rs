@@ -399,3 +399,115 @@ fn an_unrestricted_l2_in_real_mode() {
     assert_ne!(rig.told(Field::EntryControls) & u64::from(entry::IA32E_MODE_GUEST), 0);
     assert_eq!(rig.told(Field::GuestEfer), efer::LME | efer::LMA);
 }
+
+#[test]
+fn fields_that_go_with_a_control() {
+    // Pause loops: L1's parameters if it has the control, else the embedder's.
+    for (of_l1, expected) in [(true, (40, 4000)), (false, (7, 70))] {
+        let mut rig = Rig::filled();
+        own(&mut rig, Field::SecondaryControls, secondary::PAUSE_LOOP_EXITING);
+        rig.vmcs01.poke(Field::PleGap, 7);
+        rig.vmcs01.poke(Field::PleWindow, 70);
+        rig.set(&[(Field::PleGap, 40), (Field::PleWindow, 4000)]);
+        if of_l1 {
+            l1(&mut rig, Field::SecondaryControls, secondary::PAUSE_LOOP_EXITING);
+        }
+        launch(&mut rig);
+        assert_eq!((rig.vmcs02.peek(Field::PleGap), rig.vmcs02.peek(Field::PleWindow)), expected);
+    }
+    let mut rig = Rig::filled();
+    own(&mut rig, Field::SecondaryControls, secondary::XSAVES);
+    rig.vmcs01.poke(Field::XssExitingBitmap, 1 << 8);
+    l1(&mut rig, Field::SecondaryControls, secondary::XSAVES);
+    rig.set(&[(Field::XssExitingBitmap, 1 << 11)]);
+    launch(&mut rig);
+    assert_eq!(rig.vmcs02.peek(Field::XssExitingBitmap), 1 << 8 | 1 << 11);
+    // And whose an XSAVES is then depends on the components that it names.
+    rig.regs.gprs[0] = 1 << 8;
+    assert_eq!(rig.l2(r::XSAVES), L2Exit::Embedder { reason: r::XSAVES });
+    rig.regs.gprs[0] = 1 << 11;
+    assert_eq!(rig.l2(r::XSAVES), L2Exit::ToL1);
+}
+
+#[test]
+fn registers_that_go_with_a_control() {
+    let mut host = host();
+    host.perf_global_ctrl = 0xF;
+    let mut rig = Rig::filled_with(Config::all(host, false, false).unwrap());
+    l1(&mut rig, Field::EntryControls, entry::LOAD_PERF_GLOBAL_CTRL | entry::LOAD_BNDCFGS);
+    rig.set(&[(Field::GuestPerfGlobalCtrl, 3), (Field::GuestBndcfgs, 1)]);
+    launch(&mut rig);
+    assert_eq!(rig.vmcs02.peek(Field::GuestPerfGlobalCtrl), 3);
+    assert_eq!(rig.vmcs02.peek(Field::GuestBndcfgs), 1);
+    rig.vmcs02.poke(Field::GuestPerfGlobalCtrl, 7);
+    rig.vmcs02.poke(Field::GuestBndcfgs, 0x1001);
+    assert_eq!(rig.l2(r::CPUID), L2Exit::ToL1);
+    assert_eq!(rig.told(Field::GuestPerfGlobalCtrl), 3, "exits do not save it");
+    assert_eq!(rig.told(Field::GuestBndcfgs), 0x1001);
+    assert_eq!(rig.l1(r::VMRESUME), L1Exit::EnterL2);
+    assert_eq!(rig.vmcs02.peek(Field::GuestPerfGlobalCtrl), 3, "loaded anew");
+}
+
+#[test]
+fn virtual_interrupts() {
+    let mut rig = Rig::filled();
+    l1(&mut rig, Field::PinBasedControls, pin::EXTERNAL_INTERRUPT_EXITING);
+    l1(&mut rig, Field::PrimaryControls, primary::TPR_SHADOW);
+    l1(&mut rig, Field::SecondaryControls, secondary::VIRTUAL_INTERRUPT_DELIVERY);
+    rig.set(&[(Field::EoiExitBitmap0, 1), (Field::EoiExitBitmap3, 8), (Field::GuestInterruptStatus, 0x3031)]);
+    launch(&mut rig);
+    assert_eq!(rig.vmcs02.peek(Field::EoiExitBitmap0), 1);
+    assert_eq!(rig.vmcs02.peek(Field::EoiExitBitmap3), 8);
+    assert_eq!(rig.vmcs02.peek(Field::GuestInterruptStatus), 0x3031);
+    rig.vmcs02.poke(Field::GuestInterruptStatus, 0x4041);
+    assert_eq!(rig.l2(r::CPUID), L2Exit::ToL1);
+    assert_eq!(rig.told(Field::GuestInterruptStatus), 0x4041);
+    rig.set(&[(Field::GuestInterruptStatus, 0x5051)]);
+    assert_eq!(rig.l1(r::VMRESUME), L1Exit::EnterL2);
+    assert_eq!(rig.vmcs02.peek(Field::GuestInterruptStatus), 0x5051);
+}
+
+#[test]
+fn apic_pages_are_the_embedders_to_translate() {
+    let mut rig = Rig::running(&[]);
+    assert_eq!((rig.nested.virtual_apic_page(), rig.nested.apic_access_page()), (None, None));
+    rig = Rig::filled();
+    own(&mut rig, Field::PrimaryControls, primary::TPR_SHADOW);
+    own(&mut rig, Field::SecondaryControls, secondary::VIRTUALIZE_APIC_ACCESSES);
+    rig.vmcs01.poke(Field::VirtualApicAddress, 0x77_0000);
+    rig.vmcs01.poke(Field::ApicAccessAddress, 0x78_0000);
+    let without =
+        [Field::PrimaryControls, Field::SecondaryControls].map(|field| (field, rig.nested.vmcs12().get(field)));
+    launch(&mut rig);
+    let addresses =
+        |rig: &Rig| [Field::VirtualApicAddress, Field::ApicAccessAddress].map(|field| rig.vmcs02.peek(field));
+    assert_eq!(addresses(&rig), [0x77_0000, 0x78_0000]);
+    // With pages of L1's the embedder writes other addresses; without them again its own are back.
+    assert_eq!(rig.l2(r::CPUID), L2Exit::ToL1);
+    l1(&mut rig, Field::PrimaryControls, primary::TPR_SHADOW);
+    l1(&mut rig, Field::SecondaryControls, secondary::VIRTUALIZE_APIC_ACCESSES);
+    rig.set(&[(Field::VirtualApicAddress, 0x3000), (Field::ApicAccessAddress, 0x4000)]);
+    assert_eq!(rig.l1(r::VMRESUME), L1Exit::EnterL2);
+    let pages = [rig.nested.virtual_apic_page(), rig.nested.apic_access_page()];
+    assert_eq!(pages.map(|page| page.unwrap().raw()), [0x3000, 0x4000]);
+    rig.vmcs02.poke(Field::VirtualApicAddress, 0x99_0000);
+    rig.vmcs02.poke(Field::ApicAccessAddress, 0x9A_0000);
+    rig.run();
+    assert_eq!(addresses(&rig), [0x99_0000, 0x9A_0000]);
+    assert_eq!(rig.l2(r::CPUID), L2Exit::ToL1);
+    rig.set(&without);
+    assert_eq!(rig.l1(r::VMRESUME), L1Exit::EnterL2);
+    assert_eq!(addresses(&rig), [0x77_0000, 0x78_0000]);
+}
+
+#[test]
+fn the_embedders_io_bitmaps_serve_an_l2_whose_ports_l1_leaves_alone() {
+    let mut rig = Rig::filled();
+    own(&mut rig, Field::PrimaryControls, primary::IO_BITMAPS);
+    rig.vmcs01.poke(Field::IoBitmapA, 0x55_0000);
+    rig.vmcs01.poke(Field::IoBitmapB, 0x56_0000);
+    launch(&mut rig);
+    assert!(has(&rig, Field::PrimaryControls, primary::IO_BITMAPS));
+    assert_eq!(rig.vmcs02.peek(Field::IoBitmapA), 0x55_0000);
+    assert_eq!(rig.vmcs02.peek(Field::IoBitmapB), 0x56_0000);
+}

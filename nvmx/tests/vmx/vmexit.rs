@@ -179,6 +179,8 @@ fn an_entry_whose_msrs_cannot_be_loaded() {
         ((STAR + 1, 0), 2),
         ((PAT, 2), 2),
         ((0x175, 1 << 63), 2),
+        ((0x1D9, 1 << 5), 2),
+        ((0x1D9, 1), 0),
         ((EFER, 0), 2),
         ((EFER, 0xD00), 0),
         ((EFER, 0x1_0000_0D00), 2),
