@@ -109,7 +109,12 @@ impl NestedVmx {
 
     /// The entry fails after the host state was found good: L1 sees an exit.
     #[cold]
-    fn refuse<V, G, M, L>(&mut self, m: &mut Machine<'_, V, G, M, L>, basic: u32, qualification: u64) -> L1Exit
+    pub(crate) fn refuse<V, G, M, L>(
+        &mut self,
+        m: &mut Machine<'_, V, G, M, L>,
+        basic: u32,
+        qualification: u64,
+    ) -> L1Exit
     where
         V: Vmcs + ?Sized,
         G: Gprs + Msrs + ?Sized,

@@ -120,6 +120,11 @@ pub(crate) struct Events {
 }
 
 impl Events {
+    /// None pending. VMCS01 may have a window open from before: the next entry closes it.
+    pub(crate) fn fresh() -> Self {
+        Self { window01: true, active: true, ..Self::default() }
+    }
+
     const fn any(&self) -> bool {
         self.nmi || self.init || self.sipi.is_some() || self.interrupt.is_some() || self.shutdown
     }
@@ -132,7 +137,8 @@ impl Events {
     /// Sets the parts of a saved state.
     pub(crate) const fn set_parts(&mut self, nmi: bool, init: bool, sipi: Option<u8>, interrupt: Option<u8>) {
         (self.nmi, self.init, self.sipi, self.interrupt) = (nmi, init, sipi, interrupt);
-        self.active = true;
+        // VMCS01 may have a window open: the next entry closes it.
+        (self.window01, self.active) = (true, true);
     }
 
     /// Something is to be looked at before the next entry.

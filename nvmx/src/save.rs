@@ -19,11 +19,13 @@ use crate::check::{self, Refusal, Root};
 use crate::controls::{entry, pin, primary, secondary};
 use crate::events::Injection;
 use crate::evmcs::Enlightenments;
+use crate::exit_reason;
 use crate::field::{Area, Field};
-use crate::machine::{Machine, Vmcs};
+use crate::machine::{Gprs, Machine, Vmcs};
 use crate::msr::feature_control;
+use crate::msr_list::Msrs;
 use crate::state::{Context, Current, NestedVmx};
-use crate::vmcs12::{REVISION, Vmcs12};
+use crate::vmcs12::{LaunchState, REVISION, Vmcs12};
 
 /// Version of [`SavedState`]. It changes with the structure, and with the table of VMCS fields.
 pub const VERSION: u32 = 1;
@@ -81,8 +83,10 @@ pub mod flag {
     pub const NMI_UNBLOCKED: u32 = 1 << 9;
     /// L1's preemption timer runs.
     pub const TIMER: u32 = 1 << 10;
+    /// With [`RUN_PENDING`]: the instruction was VMLAUNCH.
+    pub const LAUNCHING: u32 = 1 << 11;
     /// All of them.
-    pub const ALL: u32 = 0x7FF;
+    pub const ALL: u32 = 0xFFF;
 }
 
 /// An event that the next entry injects: VM-entry interruption information, error code, instruction length.
@@ -241,6 +245,7 @@ impl NestedVmx {
     {
         self.fetch_all(m.vmcs02);
         let in_l2 = self.level == Level::L2;
+        let run_pending = in_l2 && self.l2.events.run_pending;
         let timer = self.timer_left(m.vmcs02).filter(|_| in_l2);
         let (nmi, init, sipi, interrupt) = self.l2.events.parts();
         let mut flags = 0;
@@ -249,7 +254,8 @@ impl NestedVmx {
             (matches!(self.current, Current::Plain(_)), flag::CURRENT),
             (matches!(self.current, Current::Enlightened(_)), flag::ENLIGHTENED),
             (in_l2, flag::IN_L2),
-            (in_l2 && self.l2.events.run_pending, flag::RUN_PENDING),
+            (run_pending, flag::RUN_PENDING),
+            (run_pending && m.vmcs01.read32(Field::ExitReason) == exit_reason::VMLAUNCH, flag::LAUNCHING),
             (nmi, flag::NMI),
             (init, flag::INIT),
             (sipi.is_some(), flag::SIPI),
@@ -294,6 +300,9 @@ impl NestedVmx {
     /// With L2 running and EPT, the embedder puts the root of a shadow page table in VMCS02 as after
     /// [`crate::L1Exit::EnterL2`].
     ///
+    /// L2's registers of a VM entry that has not happened yet may be ones that the processor would refuse. Then the
+    /// entry fails here: L1 runs, and is told so.
+    ///
     /// # Errors
     /// See [`RestoreError`]. `m` is as it was.
     pub fn restore<V, G, M, L>(
@@ -303,11 +312,11 @@ impl NestedVmx {
     ) -> Result<Self, RestoreError>
     where
         V: Vmcs + ?Sized,
-        G: ?Sized,
+        G: Gprs + Msrs + ?Sized,
         M: GuestMemory + ?Sized,
         L: ?Sized,
     {
-        validate(&config, saved, m.memory)?;
+        let refused = validate(&config, saved, m.memory)?;
         let mut nested = Self::new(config, &mut m.msr_bitmap02, &mut m.io_bitmaps02);
         let has = |bit| saved.flags & bit != 0;
         nested.feature_control = saved.feature_control;
@@ -336,6 +345,13 @@ impl NestedVmx {
         saved.event1.put(|field, value| m.vmcs01.write(field, value));
         if has(flag::IN_L2) {
             nested.restore_l2(saved, m);
+        }
+        if let Some(refusal) = refused {
+            if has(flag::LAUNCHING) {
+                nested.vmcs12.set_launch_state(LaunchState::Clear);
+            }
+            nested.last_refusal = Some(Refusal::Guest(refusal));
+            let _ = nested.refuse(m, exit_reason::INVALID_GUEST_STATE, refusal.qualification());
         }
         Ok(nested)
     }
@@ -443,7 +459,12 @@ fn event_of<V: Vmcs + ?Sized>(vmcs: &V) -> SavedEvent {
     }
 }
 
-fn validate<M: GuestMemory + ?Sized>(config: &Config, saved: &SavedState, memory: &M) -> Result<(), RestoreError> {
+/// Checks everything. The refusal of a VM entry that has not happened yet.
+fn validate<M: GuestMemory + ?Sized>(
+    config: &Config,
+    saved: &SavedState,
+    memory: &M,
+) -> Result<Option<check::Guest>, RestoreError> {
     if saved.version != VERSION {
         return Err(RestoreError::Version);
     }
@@ -473,17 +494,14 @@ fn validate<M: GuestMemory + ?Sized>(config: &Config, saved: &SavedState, memory
             return Err(RestoreError::Vmcs12);
         }
     }
-    if saved.flags & flag::IN_L2 != 0 {
-        level2(config, saved, memory)?;
-    }
-    Ok(())
+    if saved.flags & flag::IN_L2 != 0 { level2(config, saved, memory) } else { Ok(None) }
 }
 
 /// Flags, and values whose flag is clear.
 fn flags(saved: &SavedState) -> Result<(), RestoreError> {
     let has = |bit| saved.flags & bit != 0;
     let (current, enlightened, in_l2) = (has(flag::CURRENT), has(flag::ENLIGHTENED), has(flag::IN_L2));
-    let only_in_l2 = flag::RUN_PENDING | flag::NMI_UNBLOCKED | flag::TIMER;
+    let only_in_l2 = flag::RUN_PENDING | flag::NMI_UNBLOCKED | flag::TIMER | flag::LAUNCHING;
     let synthetic = (saved.vm_id, saved.partition_assist_page, saved.vp_id, saved.enlightenments_control);
     let [sipi, interrupt, rest @ ..] = saved.vectors.to_le_bytes();
     let ok = saved.flags & !flag::ALL == 0
@@ -495,6 +513,7 @@ fn flags(saved: &SavedState) -> Result<(), RestoreError> {
         && (has(flag::SIPI) || sipi == 0)
         && (has(flag::INTERRUPT) || interrupt == 0)
         && rest == [0, 0]
+        && (has(flag::RUN_PENDING) || !has(flag::LAUNCHING))
         && (has(flag::TIMER) || saved.timer == 0);
     if ok { Ok(()) } else { Err(RestoreError::Flags) }
 }
@@ -514,7 +533,11 @@ fn level1<M: GuestMemory + ?Sized>(config: &Config, saved: &SavedState, memory: 
 }
 
 /// L1's VMCS passes the checks of VMLAUNCH, and L2's registers those of a VM entry.
-fn level2<M: GuestMemory + ?Sized>(config: &Config, saved: &SavedState, memory: &M) -> Result<(), RestoreError> {
+fn level2<M: GuestMemory + ?Sized>(
+    config: &Config,
+    saved: &SavedState,
+    memory: &M,
+) -> Result<Option<check::Guest>, RestoreError> {
     let root = Root { long_mode: saved.l1.long_mode(), current: L1Gpa::new(saved.current) };
     let wrong = RestoreError::L2;
     // The event that L1 injected has had its turn.
@@ -524,6 +547,9 @@ fn level2<M: GuestMemory + ?Sized>(config: &Config, saved: &SavedState, memory: 
     check::host(&vmcs, config, root).map_err(|error| wrong(Refusal::Host(error)))?;
     let vmcs = saved.l2.image(vmcs, &saved.event2);
     check::event(&vmcs, config).map_err(|_| RestoreError::Event)?;
-    check::guest(&vmcs, config, root, memory).map_err(|error| wrong(Refusal::Guest(error)))?;
-    Ok(())
+    match check::guest(&vmcs, config, root, memory) {
+        Err(refusal) if saved.flags & flag::RUN_PENDING != 0 => Ok(Some(refusal)),
+        Err(refusal) => Err(wrong(Refusal::Guest(refusal))),
+        Ok(_) => Ok(None),
+    }
 }

@@ -213,7 +213,7 @@ impl L2 {
     /// INIT: nothing waits, and VMCS01 is about to be written anew.
     pub(crate) fn reset(&mut self) {
         self.forget();
-        self.events = Events::default();
+        self.events = Events::fresh();
         self.timer = Timer::default();
         self.own = None;
         self.vpid01 = None;

@@ -147,7 +147,7 @@ fn an_event_on_its_way_into_l2() {
     const INFO: u64 = 1 << 31 | 3 << 8 | 1 << 11 | 13;
     let mut rig = Rig::launched(&[(Field::EntryInterruptionInfo, INFO), (Field::EntryExceptionErrorCode, 0x18)]);
     let saved = save(&mut rig);
-    assert_eq!(saved.flags, flag::VMXON | flag::CURRENT | flag::IN_L2 | flag::RUN_PENDING);
+    assert_eq!(saved.flags, flag::VMXON | flag::CURRENT | flag::IN_L2 | flag::RUN_PENDING | flag::LAUNCHING);
     assert_eq!(saved.event2, SavedEvent { info: INFO as u32, error_code: 0x18, length: 0 });
     let mut rig = moved(&mut rig, &saved);
     rig.run();
@@ -204,7 +204,8 @@ fn restoring_checks_everything() {
     type Spoil = fn(&mut SavedState);
     let cases: &[(&str, Spoil, RestoreError)] = &[
         ("version", |s| s.version = 2, RestoreError::Version),
-        ("an undefined flag", |s| s.flags |= 1 << 11, RestoreError::Flags),
+        ("an undefined flag", |s| s.flags |= 1 << 12, RestoreError::Flags),
+        ("a launch that is not pending", |s| s.flags &= !flag::RUN_PENDING, RestoreError::Flags),
         ("both kinds of VMCS", |s| s.flags |= flag::ENLIGHTENED, RestoreError::Flags),
         ("a VMCS outside VMX operation", |s| (s.flags, s.vmxon) = (flag::CURRENT, 0), RestoreError::Flags),
         ("L2 without a VMCS", |s| (s.flags, s.current) = (flag::VMXON | flag::IN_L2, 0), RestoreError::Flags),
@@ -244,6 +245,7 @@ fn restoring_checks_everything() {
 #[test]
 fn registers_are_checked() {
     let mut good = Rig::running(&[]);
+    assert_eq!(good.l2(exit_reason::MWAIT), L2Exit::Embedder { reason: exit_reason::MWAIT });
     let saved = save(&mut good);
     assert_eq!(restore(&mut Rig::new(), &saved), Ok(()));
     let slot = |field| nvmx::save::GUEST.iter().position(|each| *each == field).unwrap();
@@ -326,4 +328,31 @@ fn an_enlightened_vmcs_comes_with_its_identity() {
     let refused = Rig::with(plain).call(|_, m| NestedVmx::restore(plain, &saved, m).map(|_| ()));
     assert_eq!(refused, Err(RestoreError::Enlightened));
     assert_eq!(VMXON, saved.vmxon);
+}
+
+/// RIP and RFLAGS are left to the processor at an entry; a state that is saved before the processor has seen them is
+/// restored to an L1 that is told of the failure.
+#[test]
+fn an_entry_that_the_processor_would_refuse() {
+    for (reason, launched) in [(exit_reason::VMLAUNCH, false), (exit_reason::VMRESUME, true)] {
+        let mut rig = Rig::running(&[]);
+        assert_eq!(rig.l2(exit_reason::CPUID), L2Exit::ToL1);
+        if !launched {
+            assert_eq!(rig.vmclear(VMCS12), End::Succeed);
+            assert_eq!(rig.vmptrld(VMCS12), End::Succeed);
+        }
+        // First one that is good, so that only RIP is new at the next.
+        assert_eq!(rig.l1(reason), L1Exit::EnterL2);
+        rig.run();
+        assert_eq!(rig.l2(exit_reason::CPUID), L2Exit::ToL1);
+        rig.set(&[(Field::GuestRip, 1 << 63)]);
+        assert_eq!(rig.l1(exit_reason::VMRESUME), L1Exit::EnterL2, "the processor is to find it");
+        let saved = save(&mut rig);
+        assert_eq!(saved.flags & (flag::RUN_PENDING | flag::LAUNCHING), flag::RUN_PENDING);
+        let mut rig = moved(&mut rig, &saved);
+        assert_eq!(rig.nested.level(), Level::L1);
+        assert_eq!(rig.vmcs01.peek(Field::GuestRip), 0xB000);
+        assert_eq!(rig.told(Field::ExitReason), 0x8000_0021);
+        assert_eq!(rig.told(Field::GuestRip), 1 << 63, "nothing of L2 is saved");
+    }
 }
