@@ -14,6 +14,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("vp_set", vp_set),
     ("gva_list", gva_list),
     ("nsvm_actions", nsvm_actions),
+    ("nvmx_actions", nvmx_actions),
     ("evmcs", evmcs),
 ];
 
@@ -61,4 +62,13 @@ pub fn nsvm_actions(bytes: &[u8]) {
 /// refused memory, saves and restores. Against the reference model.
 pub fn evmcs(bytes: &[u8]) {
     enlightened::compare(bytes);
+}
+
+/// Up to 48 actions of two hostile L1s on one processor of the machine model with VT-x: VM entries with mutated VMCSs,
+/// enlightened ones included, any instruction of L1 or L2, events, save and restore. The rules that must hold are listed
+/// in [`tests::vmx_embedder`].
+pub fn nvmx_actions(bytes: &[u8]) {
+    if let Err(why) = tests::vmx_embedder::actions::run(bytes) {
+        panic!("{why}");
+    }
 }

@@ -5,6 +5,7 @@ pub mod embedder;
 pub mod harness;
 pub mod model;
 pub mod reference;
+pub mod vmx_embedder;
 
 /// The README's example compiles.
 #[cfg(doctest)]

@@ -91,8 +91,8 @@ fn fuzzer(ctx: &Ctx, target: &str, corpus: &Path, limits: &[String]) -> Command 
     // No target has unsafe code in it, so a sanitizer would find nothing and cost half the speed. Overflow checks and
     // debug assertions are on.
     command.args(["--sanitizer", "none"]);
-    if target == "nsvm_actions" {
-        // Its input is small numbers: tracing comparisons finds nothing there and takes two thirds of the time.
+    if matches!(target, "nsvm_actions" | "nvmx_actions") {
+        // Their input is small numbers: tracing comparisons finds nothing there and takes two thirds of the time.
         command.arg("--no-trace-compares");
     }
     command.arg(target).arg(corpus).arg(format!("fuzz/seeds/{target}")).args(["--", "-max_len=4096"]).args(limits);

@@ -64,7 +64,7 @@ pub(crate) fn vector(c: &mut impl Core, mem: &PhysMem, event: Event, rip: u64) -
     s.rip = target;
     s.rflags &= !(FLAG_TF | FLAG_NT | FLAG_RF | FLAG_VM | if kind == 0xE { FLAG_IF } else { 0 });
     s.seg[seg::CS].selector = (gate >> 16) as u16 & !3;
-    s.seg[seg::CS].attributes = if long { 0x29B } else { 0xC9B };
+    s.seg[seg::CS].attributes = if long { 0xA9B } else { 0xC9B };
     if switched {
         s.seg[seg::SS].selector = ss;
         s.seg[seg::SS].attributes = 0xC93;
