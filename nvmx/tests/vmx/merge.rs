@@ -41,11 +41,14 @@ fn controls_that_either_wants() {
         (second, secondary::WBINVD_EXITING),
         (second, secondary::DESCRIPTOR_TABLE_EXITING),
         (second, secondary::RDRAND_EXITING),
+        (second, secondary::RDSEED_EXITING),
+        (second, secondary::PAUSE_LOOP_EXITING),
+        (second, secondary::TSC_SCALING),
     ] {
         let clear = Rig::filled().nested.vmcs12().get(field) & !u64::from(bit);
         for (of_l1, of_embedder) in [(true, false), (false, true), (false, false)] {
             let mut rig = Rig::filled();
-            rig.set(&[(field, clear)]);
+            rig.set(&[(field, clear), (Field::TscMultiplier, 1 << 48)]);
             if of_l1 {
                 l1(&mut rig, field, bit);
             }

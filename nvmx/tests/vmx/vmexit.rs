@@ -475,3 +475,24 @@ fn an_exit_of_the_embedders_making() {
     assert_eq!(rig.told(Field::ExitReason), r::HLT.into());
     assert_eq!(rig.told(Field::ExitInstructionLength), 3);
 }
+
+#[test]
+fn what_an_exit_saves_only_when_told_to() {
+    for (bit, field, value) in [
+        (exit::SAVE_PAT, Field::GuestPat, 0x0101_0101_0101_0101),
+        (exit::SAVE_EFER, Field::GuestEfer, 0xD01),
+        (exit::SAVE_DEBUG_CONTROLS, Field::GuestDr7, 0x455),
+        (exit::SAVE_DEBUG_CONTROLS, Field::GuestDebugctl, 1),
+    ] {
+        for saves in [true, false] {
+            let mut rig = Rig::filled();
+            let controls = rig.nested.vmcs12().get(Field::ExitControls) & !u64::from(bit);
+            rig.set(&[(Field::ExitControls, controls | if saves { u64::from(bit) } else { 0 })]);
+            let before = rig.nested.vmcs12().get(field);
+            launch(&mut rig);
+            rig.vmcs02.poke(field, value);
+            assert_eq!(rig.l2(r::CPUID), L2Exit::ToL1);
+            assert_eq!(rig.told(field), if saves { value } else { before }, "{field:?}");
+        }
+    }
+}
