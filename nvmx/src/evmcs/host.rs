@@ -15,7 +15,7 @@ use tlfs_abi::evmcs::{CleanFields, EVMCS_VERSION, EnlightenedVmcs, EvmcsEnlighte
 use zerocopy::IntoBytes;
 
 use super::active::{ActivePage, Claim};
-use super::layout::{GROUP_FIELDS, GROUP_WORDS, LIVE_FIELDS, Place};
+use super::layout::{GROUP_WORDS, put, take, take_groups};
 use crate::field::Field;
 use crate::groups::{self, Groups};
 use crate::vmcs12::{REVISION, Vmcs12};
@@ -222,7 +222,7 @@ impl EvmcsCache {
         if vmcs12.get32(Field::TprThreshold) != self.image.tpr_threshold {
             changed |= groups::OTHER;
         }
-        take(&self.image, &LIVE_FIELDS, vmcs12);
+        take::<{ CleanFields::NONE }>(&self.image, vmcs12);
         let image = &self.image;
         self.enlightenments = Enlightenments {
             control: image.enlightenments_control,
@@ -242,8 +242,11 @@ impl EvmcsCache {
         changed: Groups,
         vmcs12: &mut Vmcs12,
     ) -> Result<(), MemoryError> {
-        let groups = || (0u32..).zip(GROUP_WORDS.iter().zip(&GROUP_FIELDS)).filter(|(n, _)| changed >> n & 1 != 0);
-        let mut words = groups().fold(0, |words, (_, (more, _))| words | more) & !READ_ALWAYS;
+        let mut words = 0;
+        for (group, more) in (0u32..).zip(&GROUP_WORDS) {
+            words |= if changed >> group & 1 != 0 { *more } else { 0 };
+        }
+        words &= !READ_ALWAYS;
         let image = self.image.as_mut_bytes();
         // Each turn takes one run of set bits away.
         while words != 0 {
@@ -252,9 +255,7 @@ impl EvmcsCache {
             page.read(image, (first as usize).wrapping_mul(8)..(past as usize).wrapping_mul(8))?;
             words &= u128::MAX.checked_shl(past).unwrap_or(0);
         }
-        for (_, (_, fields)) in groups() {
-            take(&self.image, fields, vmcs12);
-        }
+        take_groups(&self.image, changed, vmcs12);
         Ok(())
     }
 
@@ -270,23 +271,38 @@ impl EvmcsCache {
     }
 
     /// Writes what an exit to L1 saves of `vmcs12`, guest state and exit information, to L1's page, each range in
-    /// one copy: exit information always, guest state that memory does not have already.
+    /// one copy: exit information always, guest state that memory does not have already. Between the ranges lies what
+    /// is L1's alone.
     pub fn store<M: GuestMemory + ?Sized>(&mut self, memory: &M, vmcs12: &Vmcs12) -> Result<(), MemoryError> {
-        let all = core::mem::replace(&mut self.image_unknown, false);
-        for range in super::layout::STORE_RANGES {
-            let mut changed = all || range.always;
-            for place in range.fields {
-                changed |= put(&mut self.image, place, vmcs12);
-            }
-            if changed {
-                let bytes = self.image.as_bytes().get(usize::from(range.start)..usize::from(range.end));
-                if let Err(error) = self.write(memory, u64::from(range.start), bytes.unwrap_or_default()) {
-                    self.image_unknown = true;
-                    return Err(error);
-                }
-            }
-        }
+        let page = Page::new(memory, self.gpa.ok_or(MemoryError)?).map_err(|_| MemoryError)?;
+        let all = core::mem::replace(&mut self.image_unknown, true);
+        // Exit information, RSP, RFLAGS, interruptibility. What memory has of the first is never read.
+        self.store_range::<0x2A8, 0x314, M>(&page, vmcs12, true)?;
+        // RIP.
+        self.store_range::<0x330, 0x338, M>(&page, vmcs12, all)?;
+        // Segments and descriptor tables.
+        self.store_range::<0x080, 0x128, M>(&page, vmcs12, all)?;
+        // DEBUGCTL to SYSENTER_CS.
+        self.store_range::<0x1A8, 0x200, M>(&page, vmcs12, all)?;
+        // CR0, CR3, CR4, DR7.
+        self.store_range::<0x220, 0x240, M>(&page, vmcs12, all)?;
+        // Entry controls (IA-32e mode guest follows EFER.LMA) and the event, which is no longer valid.
+        self.store_range::<0x31C, 0x324, M>(&page, vmcs12, all)?;
+        // BNDCFGS.
+        self.store_range::<0x380, 0x388, M>(&page, vmcs12, all)?;
+        self.image_unknown = false;
         Ok(())
+    }
+
+    #[inline]
+    fn store_range<const FROM: usize, const TO: usize, M: GuestMemory + ?Sized>(
+        &mut self,
+        page: &Page<'_, M>,
+        vmcs12: &Vmcs12,
+        always: bool,
+    ) -> Result<(), MemoryError> {
+        let differ = put::<FROM, TO>(&mut self.image, vmcs12);
+        if differ || always { page.write(self.image.as_bytes(), FROM..TO) } else { Ok(()) }
     }
 
     /// VMfailValid: writes the VM-instruction error of `vmcs12`, nothing else.
@@ -299,41 +315,6 @@ impl EvmcsCache {
     fn write<M: GuestMemory + ?Sized>(&self, memory: &M, offset: u64, bytes: &[u8]) -> Result<(), MemoryError> {
         memory.write(self.gpa.and_then(|gpa| gpa.checked_add(offset)).ok_or(MemoryError)?, bytes)
     }
-}
-
-/// Copies the fields at `places` from the image to the VMCS12.
-#[inline]
-fn take(image: &EnlightenedVmcs, places: &[Place], vmcs12: &mut Vmcs12) {
-    for place in places {
-        vmcs12.set(place.field, get(image, place));
-    }
-}
-
-#[inline]
-fn get(image: &EnlightenedVmcs, place: &Place) -> u64 {
-    let bytes = image.as_bytes().get(usize::from(place.offset)..).unwrap_or_default();
-    match place.size {
-        2 => bytes.first_chunk().map_or(0, |b| u64::from(u16::from_le_bytes(*b))),
-        4 => bytes.first_chunk().map_or(0, |b| u64::from(u32::from_le_bytes(*b))),
-        _ => bytes.first_chunk().map_or(0, |b| u64::from_le_bytes(*b)),
-    }
-}
-
-/// Copies the field at `place` from the VMCS12 to the image. True when it was another value there.
-#[inline]
-fn put(image: &mut EnlightenedVmcs, place: &Place, vmcs12: &Vmcs12) -> bool {
-    let value = vmcs12.get(place.field);
-    if get(image, place) == value {
-        return false;
-    }
-    let start = usize::from(place.offset);
-    let end = start.wrapping_add(usize::from(place.size));
-    if let Some(to) = image.as_mut_bytes().get_mut(start..end) {
-        for (to, from) in to.iter_mut().zip(value.to_le_bytes()) {
-            *to = from;
-        }
-    }
-    true
 }
 
 /// L1's page: in place where the memory lends it, else by copies.
@@ -365,5 +346,29 @@ impl<'a, M: GuestMemory + ?Sized> Page<'a, M> {
             *to = from.load(Ordering::Relaxed).to_ne_bytes();
         }
         Ok(())
+    }
+
+    /// Writes the bytes at `range`, whole halves of words, from the same place in `image`.
+    #[inline]
+    fn write(&self, image: &[u8], range: core::ops::Range<usize>) -> Result<(), MemoryError> {
+        let Some(words) = self.words else {
+            return self.copy_out(image, range);
+        };
+        // A half at the end shares its word with what is L1's.
+        let (from, to) = (range.start.next_multiple_of(8), range.end & !7);
+        if range.start < from {
+            self.copy_out(image, range.start..from)?;
+        }
+        let whole = image.get(from..to).unwrap_or_default().as_chunks::<8>().0;
+        for (from, to) in whole.iter().zip(words.get(from >> 3..).unwrap_or_default()) {
+            // Relaxed: L1 reads the page on this VP, after the entry that follows.
+            to.store(u64::from_ne_bytes(*from), Ordering::Relaxed);
+        }
+        if to < range.end { self.copy_out(image, to..range.end) } else { Ok(()) }
+    }
+
+    fn copy_out(&self, image: &[u8], range: core::ops::Range<usize>) -> Result<(), MemoryError> {
+        let at = self.gpa.checked_add(range.start as u64).ok_or(MemoryError)?;
+        self.memory.write(at, image.get(range).unwrap_or_default())
     }
 }
