@@ -286,6 +286,31 @@ const PLAIN_FLUSHES: Expect = Expect::PowerOff {
     not_counted: &["direct_flushes", "l1_calls"],
 };
 
+/// The same on VT-x, with the enlightened VMCS.
+const VMX_DIRECT_FLUSHES: Expect = Expect::PowerOff {
+    says: &[
+        "init: Linux 6.",
+        " on {cpus} processors: kvm",
+        "Hypervisor detected: Microsoft Hyper-V",
+        "launcher: KVM offers direct flush: yes",
+        "init: L1 is content",
+    ],
+    counted: &["l2_exits", "direct_flushes"],
+    not_counted: &["reflected_flushes"],
+};
+
+/// And with a plain one.
+const VMX_PLAIN_FLUSHES: Expect = Expect::PowerOff {
+    says: &[
+        "init: Linux 6.",
+        " on {cpus} processors: kvm",
+        "launcher: KVM offers direct flush: no",
+        "init: L1 is content",
+    ],
+    counted: &["l2_exits"],
+    not_counted: &["direct_flushes", "l1_calls"],
+};
+
 /// The same, running a second Linux under QEMU.
 const LINUX_LINUX: &[Module] = &[
     Module { content: Content::LinuxKernel, args: "console=ttyS0 panic=-1 l1=linux load=4,512,5" },
@@ -395,6 +420,8 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "linux-kvm-linux-plain", args: "audit enlighten=off", modules: LINUX_LINUX, cpus: 2, memory: 1024, expect: LINUX_PLAIN, control: Some("linux-kvm-linux-bare"), slow: true, timeout: 600, ..LINUX },
     Scenario { name: "linux-shell", args: "", modules: LINUX_SHELL, machine: BOCHS_LINUX, typed: Some(POWER_OFF), expect: SHELL_ENDS, slow: true, timeout: 900, ..LINUX },
     Scenario { name: "svm-storm", image: "l0", args: "audit", modules: STORM, cpus: 4, slow: true, timeout: 1200, ..BASE },
+    Scenario { name: "vmx-linux-kvm", args: "", modules: LINUX_KVM, machine: BOCHS_LINUX, expect: VMX_DIRECT_FLUSHES, slow: true, timeout: 900, ..LINUX },
+    Scenario { name: "vmx-linux-kvm-plain", args: "enlighten=off", modules: LINUX_KVM, machine: BOCHS_LINUX, expect: VMX_PLAIN_FLUSHES, slow: true, timeout: 900, ..LINUX },
     // Faults that L0 commits on purpose: the controls of the TLB auditor.
     Scenario { name: "audit-no-tlb-control", image: "l0", args: "audit mutant=no-tlb-control", modules: ASID_REUSE, expect: Expect::GaveUp("audit:"), ..BASE },
     Scenario { name: "audit-one-asid", image: "l0", args: "audit mutant=one-asid", modules: ASID_REUSE, expect: Expect::GaveUp("without a flush"), ..BASE },

@@ -11,6 +11,9 @@
 //! or when a flush request is called complete while a target still runs on translations from before it. It takes the
 //! word of nobody: what changed in the shadow tables it finds by comparing them with its own copy.
 //!
+//! On VT-x a VPID is what an ASID is here, and INVVPID what TLB_CONTROL is. What hardware remembers of second-stage
+//! tables it forgets by INVEPT of their root alone.
+//!
 //! On with `audit` on L0's command line. Called by the run loop and the flush path; calls nothing of them.
 
 use hvcore::addr::Level;
@@ -27,8 +30,10 @@ const ASIDS: usize = 64;
 const PRESENT: u64 = 1;
 const LARGE: u64 = 1 << 7;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-/// Permissions that an entry gives when set: writable, user.
+/// Permissions that an entry gives when set: writable, user; of EPT readable (where the other format has "present"),
+/// writable, executable.
 const GIVEN: u64 = 1 << 1 | 1 << 2;
+const EPT_GIVEN: u64 = PRESENT | GIVEN;
 /// The permission that an entry takes away when set: no-execute.
 const TAKEN: u64 = 1 << 63;
 
@@ -54,8 +59,10 @@ pub struct Run {
     pub context: Context,
     /// ASID field of the VMCB.
     pub asid: u32,
-    /// TLB_CONTROL field of the VMCB.
+    /// TLB_CONTROL field of the VMCB; on VT-x its counterpart: 1 all VPIDs, 3 this one.
     pub tlb_control: u8,
+    /// On VT-x, whether INVEPT of the root has been executed since the last entry. Elsewhere the ASID's flush counts.
+    pub invept: Option<bool>,
 }
 
 /// One ASID of one processor.
@@ -79,6 +86,7 @@ struct Snapshot {
     addresses: &'static mut [u64],
     used: usize,
     asid: u32,
+    root: u64,
 }
 
 struct Auditor {
@@ -123,7 +131,7 @@ pub fn start(cpus: usize, pages: usize) {
             rt::frames::allocate_slice::<Copy>(pages, 4096).zip(rt::frames::allocate_slice::<u64>(pages, 4096))
         };
         let Some((pages, addresses)) = memory else { give_up(format_args!("no memory for the auditor")) };
-        *slot = Some(Snapshot { pages, addresses, used: 0, asid: 0 });
+        *slot = Some(Snapshot { pages, addresses, used: 0, asid: 0, root: 0 });
     }
     auditor.on = true;
 }
@@ -191,7 +199,7 @@ impl Auditor {
     fn enter(&mut self, run: &Run) {
         let now = self.tick();
         self.entries += 1;
-        let Run { cpu, context, asid, tlb_control } = *run;
+        let Run { cpu, context, asid, tlb_control, invept } = *run;
         if asid == 0 || asid as usize >= ASIDS {
             give_up(format_args!("audit: {context:x?} enters with ASID {asid}"));
         }
@@ -227,10 +235,14 @@ impl Auditor {
         }
         self.last[context.vp] = Some((context.nested.0, context.nested.1));
         if let Some(snapshot) = self.snapshots[context.vp].as_mut() {
-            if !fresh && snapshot.asid == asid {
-                snapshot.compare(&context);
+            let remembered = match invept {
+                None => !fresh && snapshot.asid == asid,
+                Some(done) => !done && snapshot.root == context.root,
+            };
+            if remembered {
+                snapshot.compare(&context, invept.is_some());
             }
-            snapshot.take(context.root, asid);
+            snapshot.take(context.root, asid, invept.is_some());
         }
     }
 
@@ -272,14 +284,14 @@ impl Auditor {
 }
 
 impl Snapshot {
-    /// Ends the run if the tables took away or weakened what they gave at the last entry under this ASID.
-    fn compare(&self, context: &Context) {
+    /// Ends the run if the tables took away or weakened what they gave at the last entry under this ASID or root.
+    fn compare(&self, context: &Context, ept: bool) {
         for (page, address) in self.pages.iter().zip(self.addresses.iter()).take(self.used) {
             let now = table(*address);
             for (n, old) in page.words.iter().enumerate() {
                 // SAFETY: `table` leads to a page of 512 entries.
                 let new = unsafe { now.add(n).read_volatile() };
-                if weaker(*old, new) {
+                if weaker(*old, new, ept) {
                     give_up(format_args!(
                         "audit: {context:x?} enters without a flush though entry {n} of the table at {address:#x} \
                          went from {old:#x} to {new:#x}"
@@ -290,8 +302,10 @@ impl Snapshot {
     }
 
     /// Copies the tables below `root`.
-    fn take(&mut self, root: u64, asid: u32) {
+    fn take(&mut self, root: u64, asid: u32, ept: bool) {
+        let present = if ept { EPT_GIVEN } else { PRESENT };
         self.asid = asid;
+        self.root = root;
         self.used = 0;
         // Tables are pushed behind those that lead to them, level by level: 4, 3, 2, 1.
         let mut level_end = 0;
@@ -305,7 +319,7 @@ impl Snapshot {
                     // SAFETY: `table` leads to a page of 512 entries.
                     let entry = unsafe { now.add(n).read_volatile() };
                     self.pages[at].words[n] = entry;
-                    if level > 1 && entry & PRESENT != 0 && entry & LARGE == 0 {
+                    if level > 1 && entry & present != 0 && entry & LARGE == 0 {
                         self.push(entry & ADDRESS);
                     }
                 }
@@ -327,7 +341,10 @@ fn table(address: u64) -> *const u64 {
 }
 
 /// True when a translation that `old` gave is not what `new` gives.
-const fn weaker(old: u64, new: u64) -> bool {
+const fn weaker(old: u64, new: u64, ept: bool) -> bool {
+    if ept {
+        return old & EPT_GIVEN != 0 && ((old ^ new) & (ADDRESS | LARGE) != 0 || old & EPT_GIVEN & !new != 0);
+    }
     old & PRESENT != 0
         && (new & PRESENT == 0
             || (old ^ new) & (ADDRESS | LARGE) != 0
@@ -342,16 +359,27 @@ mod tests {
     #[test]
     fn weaker_is_what_a_stale_entry_could_show() {
         let old = 0x5000 | PRESENT | 2 | 4;
-        assert!(!weaker(old, old));
-        assert!(!weaker(0, old));
-        assert!(!weaker(old & !2, old), "gaining a permission needs no flush");
-        assert!(!weaker(old, old | 1 << 5 | 1 << 6), "accessed and dirty are not permissions");
-        assert!(weaker(old, 0));
-        assert!(weaker(old, old & !2));
-        assert!(weaker(old, old & !4));
-        assert!(weaker(old, old | TAKEN));
-        assert!(!weaker(old | TAKEN, old));
-        assert!(weaker(old, old + 0x1000));
-        assert!(weaker(old, old | LARGE));
+        assert!(!weaker(old, old, false));
+        assert!(!weaker(0, old, false));
+        assert!(!weaker(old & !2, old, false), "gaining a permission needs no flush");
+        assert!(!weaker(old, old | 1 << 5 | 1 << 6, false), "accessed and dirty are not permissions");
+        assert!(weaker(old, 0, false));
+        assert!(weaker(old, old & !2, false));
+        assert!(weaker(old, old & !4, false));
+        assert!(weaker(old, old | TAKEN, false));
+        assert!(!weaker(old | TAKEN, old, false));
+        assert!(weaker(old, old + 0x1000, false));
+        assert!(weaker(old, old | LARGE, false));
+    }
+
+    #[test]
+    fn ept_may_be_executable_and_nothing_else() {
+        let old = 0x5000 | 1 << 2;
+        assert!(!weaker(old, old | 1, true));
+        assert!(weaker(old, 0x5000 | 1, true));
+        assert!(weaker(old, 0, true));
+        assert!(!weaker(0x5000, 0x6000, true), "nothing was given");
+        assert!(weaker(old, old + 0x1000, true));
+        assert!(!weaker(old | TAKEN, old, true) && !weaker(old, old | TAKEN, true), "the bit has no say in EPT");
     }
 }

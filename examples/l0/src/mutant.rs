@@ -5,10 +5,12 @@
 /// A fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mutant {
-    /// TLB_CONTROL is never used.
+    /// TLB_CONTROL, or INVVPID, is never used.
     NoTlbControl,
-    /// Every context runs under ASID 1.
+    /// Every context runs under ASID, or VPID, 1.
     OneAsid,
+    /// INVEPT is never used (VT-x).
+    NoInvEpt,
     /// What was requested of a VP is taken from its queues and forgotten.
     DrainSkipped,
     /// Targets are neither kicked nor waited for.
@@ -21,6 +23,7 @@ impl Mutant {
         Some(match name {
             "no-tlb-control" => Self::NoTlbControl,
             "one-asid" => Self::OneAsid,
+            "no-invept" => Self::NoInvEpt,
             "drain-skipped" => Self::DrainSkipped,
             "no-kick" => Self::NoKick,
             _ => return None,

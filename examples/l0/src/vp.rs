@@ -456,7 +456,13 @@ impl Vp {
             _ => {}
         }
         let context = audit::Context { vp: id, level, nested, root: control.n_cr3 };
-        audit::enter(&audit::Run { cpu: id, context, asid: control.asid, tlb_control: control.tlb_control });
+        audit::enter(&audit::Run {
+            cpu: id,
+            context,
+            asid: control.asid,
+            tlb_control: control.tlb_control,
+            invept: None,
+        });
     }
 
     /// Takes what other processors sent; waits while L1's processor waits for SIPI.

@@ -102,6 +102,9 @@ impl Vm {
         for n in 0..self.processors {
             vcpus.push(self.processor(n, if n == 0 { first } else { others }, direct)?);
         }
+        // KVM on VT-x grants direct flush when it loads a processor's VMCS, not when it is asked for: one more
+        // processor, which never runs, takes the place of the one that is loaded here.
+        let _last = self.vm.create_vcpu(u64::from(self.processors)).map_err(failed("create a processor"))?;
         std::thread::scope(|scope| {
             let running: Vec<_> = vcpus.into_iter().map(|vcpu| scope.spawn(|| run(vcpu))).collect();
             running.into_iter().map(|thread| thread.join().map_err(|_| "a processor's thread panicked")?).collect()

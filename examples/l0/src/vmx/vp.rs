@@ -15,6 +15,7 @@ use nvmx::field::Field;
 use nvmx::vpid::{self, Flush, VpidPool};
 use nvmx::{Entry, EntryPlan, Machine, MergedMap, NestedVmx, Vmcs, step};
 
+use crate::audit;
 use crate::counters::{self, Counters};
 use crate::fatal::Failure;
 use crate::fetch::{MAX_LENGTH, Paging};
@@ -78,6 +79,8 @@ pub struct Vp {
     pub apic_access: u64,
     /// Physical address of a page that nobody reads.
     pub spare: u64,
+    /// What this entry was told to forget, for the auditor.
+    invept: bool,
     /// When the guest left last, where instructions are counted.
     left_at: u64,
 }
@@ -110,6 +113,8 @@ impl Vp {
         let apic_base = unsafe { msr::rdmsr(msr::APIC_BASE) };
         let hyperv = shared.hyperv.vp(id).ok_or(Failure::TooManyCpus)?;
         let flush = shared.hyperv.domain.local(id as u16).ok_or(Failure::TooManyCpus)?;
+        // As many as the auditor models.
+        let last_vpid = if shared.audit { 15 } else { u16::MAX };
         let mut m = Machine {
             vmcs01,
             vmcs02,
@@ -118,7 +123,7 @@ impl Vp {
             io_bitmaps02: MergedMap { words: &mut pages.io_bitmaps02, base: pa.io_bitmaps02 },
             msr_bitmap01: &MSR_BITMAP01.0,
             io_bitmaps01: &IO_BITMAPS01.0,
-            vpids: keep(VpidPool::new(id as u32, u16::MAX, vpid::Support::SingleContext))?,
+            vpids: keep(VpidPool::new(id as u32, last_vpid, vpid::Support::SingleContext))?,
             assist_page: None,
             active_evmcs: Some(ActivePage { pages: ActivePages::new(&ACTIVE_EVMCS), vp: id }),
             memory: &shared.memory,
@@ -142,6 +147,7 @@ impl Vp {
             init_held: false,
             held_sipi: None,
             flush_physical: true,
+            invept: false,
             eptp02: 0,
             virtual_apic: 0,
             apic_access: 0,
@@ -261,7 +267,7 @@ impl Vp {
             Entry::Shutdown => return exits::reset_machine(self),
         };
         self.flush_now(&plan);
-        match self.enter(plan.level) {
+        match self.enter(&plan) {
             Entered::Exited => {}
             Entered::Kicked => {
                 self.flush.entry_failed();
@@ -298,9 +304,10 @@ impl Vp {
     }
 
     /// VM entry, and exit.
-    fn enter(&mut self, level: Level) -> Entered {
+    fn enter(&mut self, plan: &EntryPlan) -> Entered {
+        let level = plan.level;
         if self.shared.observed {
-            self.observe_entry(level);
+            self.observe_entry(plan);
         }
         let vmcs = match level {
             Level::L1 => &mut *self.m.vmcs01,
@@ -317,7 +324,11 @@ impl Vp {
 
     /// What timeline and counter want right before the entry.
     #[cold]
-    fn observe_entry(&mut self, level: Level) {
+    fn observe_entry(&mut self, plan: &EntryPlan) {
+        let level = plan.level;
+        if self.shared.audit {
+            self.audit_entry(plan);
+        }
         if self.shared.trace {
             trace::record(self.id, trace::Event::Enter(level));
         }
@@ -326,9 +337,42 @@ impl Vp {
         }
     }
 
+    /// Commits the fault that was asked for, and tells the auditor what this entry was told to forget.
+    fn audit_entry(&mut self, plan: &EntryPlan) {
+        let mutant = self.shared.mutant;
+        let level = plan.level;
+        let nested = match level {
+            Level::L1 => (0, 0, 0, 0),
+            Level::L2 => {
+                let c = self.nested.context();
+                (c.vm_id, c.vp_id, u32::from(c.vpid), c.eptp.unwrap_or(0))
+            }
+        };
+        let vpid = if mutant == Some(Mutant::OneAsid) { 1 } else { plan.vpid };
+        if mutant == Some(Mutant::OneAsid) {
+            self.vmcs().write(Field::VirtualProcessorId, vpid.into());
+        }
+        let tlb_control = match plan.flush {
+            _ if mutant == Some(Mutant::NoTlbControl) => 0,
+            Flush::None => 0,
+            Flush::Single => 3,
+            Flush::All => 1,
+        };
+        let root = match level {
+            Level::L1 => self.shared.root01,
+            Level::L2 => self.eptp02 & 0x000f_ffff_ffff_f000,
+        };
+        let invept = self.invept && mutant != Some(Mutant::NoInvEpt);
+        let context = audit::Context { vp: self.id, level, nested, root };
+        audit::enter(&audit::Run { cpu: self.id, context, asid: vpid.into(), tlb_control, invept: Some(invept) });
+    }
+
     /// What they want right after it.
     #[cold]
     fn observe_exit(&mut self, level: Level, entered: &Entered) {
+        if self.shared.audit {
+            audit::leave(self.id, *entered == Entered::Exited);
+        }
         if self.shared.count {
             self.left_at = cpu::rdtsc();
         }
@@ -352,6 +396,7 @@ impl Vp {
     #[inline]
     fn flush_now(&mut self, plan: &EntryPlan) {
         let stale = plan.level == Level::L2 && self.shadow.tag_stale();
+        self.invept = stale;
         if plan.flush != Flush::None || stale || self.flush_physical {
             self.flush_some(plan, stale);
         }
@@ -362,11 +407,13 @@ impl Vp {
         // SAFETY: VMX operation; dropping translations is harmless. These types are there (checked at boot).
         let flushed = unsafe {
             let linear = match plan.flush {
+                _ if self.shared.mutant == Some(Mutant::NoTlbControl) => Ok(()),
                 Flush::None => Ok(()),
                 Flush::Single => vmx::invvpid(InvVpid::Single(plan.vpid)),
                 Flush::All => vmx::invvpid(InvVpid::All),
             };
             let physical = match (self.flush_physical, stale) {
+                _ if self.shared.mutant == Some(Mutant::NoInvEpt) => Ok(()),
                 (true, _) => vmx::invept(InvEpt::All),
                 (false, true) => vmx::invept(InvEpt::Single(self.eptp02)),
                 (false, false) => Ok(()),
