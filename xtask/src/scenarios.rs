@@ -394,8 +394,8 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { cpus: 2, ..VMX },
     // The smallest hypervisor: alone, and as L1.
     Scenario { name: "vmx-smallest-bare", args: "test=vmx", machine: BOCHS, ..BASE },
-    Scenario { name: "vmx-smallest", image: "l0", modules: SMALLEST_L1, machine: BOCHS, ..BASE },
-    Scenario { name: "vmx-smallest-plain", image: "l0", args: "enlighten=off", modules: SMALLEST_L1, machine: BOCHS, ..BASE },
+    Scenario { name: "vmx-smallest", image: "l0", args: "audit", modules: SMALLEST_L1, machine: BOCHS, ..BASE },
+    Scenario { name: "vmx-smallest-plain", image: "l0", args: "audit enlighten=off", modules: SMALLEST_L1, machine: BOCHS, ..BASE },
     Scenario { name: "l0-boot-2-processors", image: "l0", modules: RUNTIME_AS_L1, cpus: 2, machine: BOCHS, ..BASE },
     Scenario { name: "l0-refuses-sse", image: "l0", modules: RUNTIME_AS_L1, sse: true, expect: Expect::GaveUp("built with SSE"), ..BASE },
     // The small hypervisor and its guests on the L0 hypervisor.

@@ -299,9 +299,15 @@ impl World {
     pub unsafe fn bind(&mut self) {
         // SAFETY: the exit point is code of `enter`, which expects RSP to be this.
         unsafe {
-            write(Field::HostRsp, (&raw mut *self) as u64);
-            write(Field::HostRip, (&raw const hw_vmx_exit_point) as u64);
+            let [(rsp, to_rsp), (rip, to_rip)] = self.host_fields();
+            write(rsp, to_rsp);
+            write(rip, to_rip);
         }
+    }
+
+    /// What [`World::bind`] writes, for a VMCS that is not written by VMWRITE.
+    pub fn host_fields(&mut self) -> [(Field, u64); 2] {
+        [(Field::HostRsp, (&raw mut *self) as u64), (Field::HostRip, (&raw const hw_vmx_exit_point) as u64)]
     }
 }
 

@@ -171,6 +171,7 @@ fn shared(boot: &BootInfo, hole: Range) -> Shared {
         enlighten,
         churn: boot.argument("churn").and_then(|n| n.parse().ok()).unwrap_or(0),
         count: has_word(boot, "count"),
+        count_bytes: has_word(boot, "count-bytes"),
         audit: has_word(boot, "audit"),
         trace: has_word(boot, "trace"),
         observed: ["count", "audit", "trace"].iter().any(|word| has_word(boot, word)),

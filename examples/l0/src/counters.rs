@@ -57,6 +57,8 @@ counters! {
     l2_exits,
     /// VMRUNs of L1 that entered L2.
     l2_entries,
+    /// Bytes of L1's memory that L0's library state read (VT-x, when it is told to count them).
+    guest_bytes_read,
     /// VMREADs of L0.
     vmreads,
     /// VMWRITEs of L0.

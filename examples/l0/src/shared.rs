@@ -58,6 +58,8 @@ pub struct Shared {
     pub churn: u64,
     /// Instructions in L0 are counted.
     pub count: bool,
+    /// Bytes of L1's memory that the library reads are counted (VT-x), which costs instructions.
+    pub count_bytes: bool,
     /// The TLB auditor is on.
     pub audit: bool,
     /// A timeline is recorded.

@@ -5,12 +5,14 @@
 use core::arch::naked_asm;
 use core::sync::atomic::AtomicU8;
 
+use hvcore::addr::L1Gpa;
 use hw::vmx::{self, Entered, World};
 use hw::vmx_host::{self, Capabilities};
 use hw::{cpu, msr};
 use nvmx::controls::{entry, exit, primary, secondary};
+use nvmx::evmcs::client::{AssistPage, Evmcs, SharedPage};
 use nvmx::exit_reason;
-use nvmx::field::Field;
+use nvmx::field::{Area, Field};
 use rt::{BootInfo, ExitCode, frames, println};
 
 /// Stops entries.
@@ -60,6 +62,9 @@ pub fn run(boot: &'static BootInfo) -> ExitCode {
         return ExitCode::Failure;
     }
     start();
+    if let Some(which) = boot.argument("bench") {
+        return bench(which == "evmcs", boot.argument("rounds").and_then(|n| n.parse().ok()).unwrap_or(100));
+    }
     let rounds = boot.argument("rounds").and_then(|n| n.parse().ok()).unwrap_or(3);
     for features in [(false, false), (true, false), (true, true)] {
         let features = Features { ept: features.0, vpid: features.1 };
@@ -132,6 +137,65 @@ fn run_guest(features: Features, rounds: u64) {
     assert_eq!(read(Field::ExitInstructionLength), 3);
     // SAFETY: the VMCS is not used again.
     unsafe { vmx::vmclear(at) }.expect("VMCLEAR");
+}
+
+/// CPUID of the guest again and again (RIP stays: it is always the same one), with L0's counters printed when all is warm
+/// and after `rounds` more: on a plain VMCS, or on an enlightened one. L1 does nothing but enter again.
+fn bench(enlightened: bool, rounds: u64) -> ExitCode {
+    const WARM: u64 = 10;
+    let (world, at) = new_vmcs(Features { ept: true, vpid: true }, guest, 0);
+    let secret = 0_u64;
+    world.gprs.rcx = 1;
+    world.gprs.rsi = pa(&secret);
+    let evmcs = enlightened.then(|| enlighten(at));
+    let reason = || match &evmcs {
+        None => read(Field::ExitReason),
+        Some(evmcs) => evmcs.read(Field::ExitReason).expect("a field of the enlightened VMCS"),
+    };
+    for round in 0..WARM + rounds {
+        if round == WARM {
+            print_counters();
+        }
+        let mut launched = round != 0;
+        enter(world, &mut launched);
+        if round < WARM {
+            assert_eq!(reason(), u64::from(exit_reason::CPUID), "exit reason in round {round}");
+        }
+    }
+    print_counters();
+    assert_eq!(reason(), u64::from(exit_reason::CPUID));
+    println!("vmx: bench: {rounds} rounds");
+    stop();
+    ExitCode::Success
+}
+
+/// Has L0 print its counters, where it has the hooks for tests.
+fn print_counters() {
+    // SAFETY: L0's port; elsewhere the byte is printed, or goes nowhere.
+    unsafe { hw::port::outb(0xe9, b'S') };
+}
+
+/// Moves the current VMCS, at `at`, to an enlightened one, which the next entry uses.
+fn enlighten(at: u64) -> Evmcs<'static> {
+    // SAFETY: zero is a valid page of words.
+    let pages = unsafe { frames::allocate_slice::<SharedPage>(2, 4096) }.expect("two pages");
+    let [assist, page] = pages else { unreachable!("two pages") };
+    let (assist_gpa, gpa) = (assist.as_ptr() as u64, L1Gpa::new(page.as_ptr() as u64));
+    let mut evmcs = Evmcs::new(page, gpa);
+    for field in Field::ALL {
+        // What only hardware writes is not L1's to set; a field that the processor lacks is zero.
+        if field.area() != Area::ExitInformation {
+            let _ = evmcs.write(*field, read(*field));
+        }
+    }
+    // SAFETY: the VMCS is not used again; the MSRs are L0's, which reads the page from now on.
+    unsafe {
+        vmx::vmclear(at).expect("VMCLEAR");
+        msr::wrmsr(tlfs_abi::msr::GUEST_OS_ID, 1 << 63 | 2);
+        msr::wrmsr(tlfs_abi::msr::VP_ASSIST_PAGE, assist_gpa | 1);
+    }
+    AssistPage::new(assist).set_current(Some(gpa));
+    evmcs
 }
 
 fn enter(world: &mut World, launched: &mut bool) {

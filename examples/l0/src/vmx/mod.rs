@@ -9,6 +9,7 @@ pub mod host;
 pub mod hyperv;
 pub mod kick;
 pub mod linear;
+pub mod memory;
 pub mod nested;
 pub mod pages;
 pub mod registers;

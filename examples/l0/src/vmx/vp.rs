@@ -22,13 +22,13 @@ use crate::fetch::{MAX_LENGTH, Paging};
 use crate::hyperv::VpHyperV;
 use crate::ipi::MAX_CPUS;
 use crate::lapic;
-use crate::memory::L1Memory;
 use crate::mutant::Mutant;
 use crate::pages::{keep, shadow_pool};
 use crate::shared::Shared;
 use crate::trace;
 use crate::vmx::host::{IO_BITMAPS01, MSR_BITMAP01, VmxHost};
 use crate::vmx::linear::L1Linear;
+use crate::vmx::memory::VpMemory;
 use crate::vmx::pages::{Pages, PagesPa};
 use crate::vmx::registers::Gprs;
 use crate::vmx::vmcs::{Current, HwVmcs};
@@ -48,7 +48,7 @@ pub struct Vp {
     /// What the machine has of VT-x.
     pub host: &'static VmxHost,
     /// What the library works on: VMCSs, registers, bitmaps, VPIDs, memory.
-    pub m: Machine<'static, HwVmcs, Gprs, L1Memory, L1Linear>,
+    pub m: Machine<'static, HwVmcs, Gprs, VpMemory, L1Linear>,
     /// The nested state.
     pub nested: NestedVmx,
     /// The shadow of L1's EPT.
@@ -126,7 +126,7 @@ impl Vp {
             vpids: keep(VpidPool::new(id as u32, last_vpid, vpid::Support::SingleContext))?,
             assist_page: None,
             active_evmcs: Some(ActivePage { pages: ActivePages::new(&ACTIVE_EVMCS), vp: id }),
-            memory: &shared.memory,
+            memory: keep(VpMemory::new(&shared.memory, shared.count_bytes.then_some(counters)))?,
             linear: keep(L1Linear::new(&shared.memory, shared.address_bits))?,
         };
         let nested = NestedVmx::new(host.config, &mut m.msr_bitmap02, &mut m.io_bitmaps02);
