@@ -15,7 +15,7 @@ use crate::l2::{L2Exit, RAX, RCX};
 use crate::machine::{Gprs, Machine, Vmcs};
 use crate::msr_list::Msrs;
 use crate::state::NestedVmx;
-use crate::step::{complete_instruction, register};
+use crate::step::{complete_instruction, in_64bit_code, register};
 use crate::vmcs02::PF;
 use crate::vmexit::Exit;
 
@@ -221,7 +221,12 @@ impl NestedVmx {
         M: GuestMemory + ?Sized,
         L: ?Sized,
     {
-        let access = CrAccess::of(m.vmcs02.read(Field::ExitQualification), |n| register(m.vmcs02, m.gprs, n));
+        // Other code than 64-bit code has no upper halves of registers.
+        let operand = |n| {
+            let value = register(m.vmcs02, m.gprs, n);
+            if value >> 32 != 0 && !in_64bit_code(m.vmcs02) { value & 0xFFFF_FFFF } else { value }
+        };
+        let access = CrAccess::of(m.vmcs02.read(Field::ExitQualification), operand);
         if self.l1_wants_cr(access) {
             return self.reflect_as(m, r::CR_ACCESS);
         }

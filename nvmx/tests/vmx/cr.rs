@@ -139,3 +139,16 @@ fn reads_of_cr3_and_cr8() {
     assert_eq!(write(&mut rig(&with), 8, 3), L2Exit::ToL1);
     assert_eq!(write(&mut rig(&[]), 8, 3), EMBEDDER);
 }
+
+#[test]
+fn registers_of_32_bit_code_have_32_bits() {
+    // The upper half of RAX is left over; it would be a change under L1's mask, and no legal CR0.
+    let mask = [(Field::Cr0Mask, 1 << 32 | cr0::TS)];
+    let value = 1 << 32 | cr0::TS | 0x8000_0031;
+    assert_eq!(write(&mut rig(&mask), 0, value), L2Exit::ToL1);
+    let mut rig = rig(&mask);
+    rig.vmcs02.poke(Field::GuestCsAccessRights, 0xC09B);
+    assert_eq!(write(&mut rig, 0, value), L2Exit::Resume);
+    assert_eq!(rig.vmcs02.peek(Field::GuestRip), 0x9002);
+    assert_eq!(rig.vmcs02.peek(Field::EntryInterruptionInfo) >> 31, 0);
+}
