@@ -1,10 +1,13 @@
 //! The VMX instructions while the enlightened VMCS is offered and active.
 
+use core::sync::atomic::AtomicU64;
+
 use hvcore::addr::{L1Gpa, Level};
+use nvmx::evmcs::{ActivePage, ActivePages, Claim};
 use nvmx::exit_reason::{self, VMLAUNCH, VMRESUME};
 use nvmx::field::{Encoding, Field};
 use nvmx::vmcs12::REVISION;
-use nvmx::{Current, L1Exit};
+use nvmx::{Current, Entry, L1Exit};
 
 use crate::rig::{ASSIST, EVMCS, End, OTHER, Rig, UD, VMCS12, VMXON, valid};
 
@@ -244,4 +247,43 @@ fn vmxoff_deactivates_the_page() {
     assert_eq!(rig.nested.current(), Current::None);
     assert_eq!(rig.vmxon(VMXON), End::Succeed);
     assert_eq!(rig.vmread(Field::ExitReason.encoding()).0, End::FailInvalid);
+}
+
+/// L1 runs on the rig's VP.
+fn run_l1(rig: &mut Rig) {
+    rig.call(|nested, machine| assert!(matches!(nested.prepare_entry(machine), Entry::Run(_))));
+}
+
+#[test]
+fn a_page_is_active_on_one_vp() {
+    let words: &'static [AtomicU64] = Vec::leak((0..2).map(|_| AtomicU64::new(0)).collect());
+    let pages = ActivePages::new(words);
+    let page = L1Gpa::new(EVMCS);
+    let mut rig = announced();
+    rig.active_evmcs = Some(ActivePage { pages, vp: 0 });
+    assert_eq!(pages.claim(1, page), Claim::Taken);
+    assert_eq!(rig.end(VMLAUNCH), End::FailInvalid, "L2 runs on it on the other VP");
+    pages.leave(1);
+    assert_eq!(rig.l1(VMLAUNCH), L1Exit::EnterL2);
+    assert_eq!(pages.claim(1, page), Claim::Refused, "L2 runs on it on this VP");
+    back(&mut rig);
+    run_l1(&mut rig);
+    assert_eq!(pages.claim(1, page), Claim::Taken);
+    pages.leave(1);
+    // It was elsewhere: what the clean bits say is not for this VP.
+    put(&rig, Field::GuestCr3, 0x5000);
+    assert_eq!((clean(&rig), rig.l1(VMRESUME)), (ALL_CLEAN, L1Exit::EnterL2));
+    assert_eq!(rig.vmcs02.peek(Field::GuestCr3), 0x5000);
+}
+
+#[test]
+fn an_entry_that_fails_leaves_the_page() {
+    let words: &'static [AtomicU64] = Vec::leak((0..2).map(|_| AtomicU64::new(0)).collect());
+    let pages = ActivePages::new(words);
+    let mut rig = announced();
+    rig.active_evmcs = Some(ActivePage { pages, vp: 0 });
+    put(&rig, Field::PinBasedControls, 0);
+    assert_eq!(rig.end(VMLAUNCH), End::FailValid(7));
+    run_l1(&mut rig);
+    assert_eq!(pages.claim(1, L1Gpa::new(EVMCS)), Claim::Taken);
 }

@@ -8,6 +8,7 @@ use hvcore::addr::{Gva, Hpa, L1Gpa};
 use hvcore::memory::{GuestMemory, MemoryError};
 use nvmx::bits::{access_rights as ar, cr4, rflags};
 use nvmx::caps::{Config, Host};
+use nvmx::evmcs::ActivePage;
 use nvmx::field::{Encoding, Field};
 use nvmx::vmcs12::{REVISION, Vmcs12};
 use nvmx::vpid::{Support, VpidPool};
@@ -236,6 +237,8 @@ pub struct Rig {
     pub vpids: VpidPool,
     pub memory: Memory,
     pub assist_page: Option<L1Gpa>,
+    /// None unless a test sets it.
+    pub active_evmcs: Option<ActivePage<'static>>,
 }
 
 /// The capability MSRs of the emulated processor that the images run on, Bochs's corei7_skylake_x.
@@ -372,6 +375,7 @@ impl Rig {
                 fault: Cell::new(None),
             },
             assist_page: None,
+            active_evmcs: None,
         };
         rig.start_l1();
         rig
@@ -435,7 +439,7 @@ impl Rig {
             io_bitmaps01: &self.io_bitmaps01,
             vpids: &mut self.vpids,
             assist_page: self.assist_page,
-            active_evmcs: None,
+            active_evmcs: self.active_evmcs,
             memory: &self.memory,
             linear: &self.memory,
         };
