@@ -38,7 +38,12 @@ impl Features {
 
     /// What the library does in software, whatever the processor has.
     pub const SOFTWARE: Self = Self(
-        Self::VMCB_CLEAN.0 | Self::FLUSH_BY_ASID.0 | Self::V_VMSAVE_VMLOAD.0 | Self::VGIF.0 | Self::SVME_ADDR_CHECK.0,
+        Self::VMCB_CLEAN.0
+            | Self::FLUSH_BY_ASID.0
+            | Self::V_VMSAVE_VMLOAD.0
+            | Self::VGIF.0
+            | Self::VNMI.0
+            | Self::SVME_ADDR_CHECK.0,
     );
     /// All that can be offered. Not AVIC, nor anything of SEV.
     pub const SUPPORTED: Self = Self(
@@ -49,8 +54,7 @@ impl Features {
             | Self::TSC_RATE.0
             | Self::DECODE_ASSISTS.0
             | Self::PAUSE_FILTER.0
-            | Self::PAUSE_THRESHOLD.0
-            | Self::VNMI.0,
+            | Self::PAUSE_THRESHOLD.0,
     );
 
     /// From EDX.

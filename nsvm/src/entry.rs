@@ -153,7 +153,7 @@ impl NestedSvm {
         if !self.withholds_virq() {
             value |= l1 & int_ctl::V_IRQ;
         }
-        if l1 & int_ctl::V_NMI_ENABLE != 0 {
+        if self.hardware_vnmi() {
             let pending = if self.withholds_vnmi() { 0 } else { int_ctl::V_NMI };
             value |= l1 & (int_ctl::V_NMI_ENABLE | int_ctl::V_NMI_MASK | pending);
         }

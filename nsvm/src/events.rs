@@ -56,6 +56,8 @@ pub(crate) struct Events {
     iret01: bool,
     /// L1's VMCB was gone when an event made L2 exit.
     shutdown: bool,
+    /// L2 is at an IRET that unmasks virtual NMIs, at this RIP.
+    pub(crate) vnmi_iret: Option<u64>,
     /// The V_IRQ of the VMCB in use is a window of the library's own.
     window: bool,
     /// Whether anything above wants attention before an entry: kept so that most entries test one byte.
@@ -75,7 +77,25 @@ impl Events {
     /// From the parts of a saved state.
     pub(crate) const fn from_parts(nmi: bool, init: bool, interrupt: Option<u8>, blocked: bool) -> Self {
         let blocking = if blocked { Blocking::On } else { Blocking::Off };
-        Self { nmi, init, interrupt, blocking, step: None, iret01: false, shutdown: false, window: false, active: true }
+        Self { nmi, init, interrupt, blocking, active: true, ..Self::NONE }
+    }
+
+    const NONE: Self = Self {
+        nmi: false,
+        init: false,
+        interrupt: None,
+        blocking: Blocking::Off,
+        step: None,
+        iret01: false,
+        shutdown: false,
+        vnmi_iret: None,
+        window: false,
+        active: false,
+    };
+
+    /// Something else wants attention before the next entry.
+    pub(crate) const fn attend(&mut self, something: bool) {
+        self.active |= something;
     }
 
     const fn watches_iret(&self) -> bool {
@@ -158,7 +178,11 @@ impl NestedSvm {
             return Delivery::Run { soon: false };
         }
         let delivery = self.deliver_pending(m);
-        self.events.active = self.events.any();
+        let in_l2 = self.level == Level::L2;
+        self.events.active = self.events.any() || (in_l2 && self.attends_vnmi());
+        if in_l2 && self.watches_vnmi_iret() {
+            m.vmcb02.control.intercepts.misc1 |= misc1::IRET;
+        }
         if self.events.watches_iret() {
             self.events.iret01 |= self.level == Level::L1;
             current(self.level, m).control.intercepts.misc1 |= misc1::IRET;
@@ -188,7 +212,11 @@ impl NestedSvm {
                 vmcb.inject_exception(SX, Some(1));
             }
         }
-        self.inject_pending(m)
+        let behind = self.level == Level::L2 && self.deliver_vnmi(m.vmcb02);
+        match self.inject_pending(m) {
+            Delivery::Run { soon } => Delivery::Run { soon: soon || behind },
+            other => other,
+        }
     }
 
     /// Lets pending events end L2's run before it goes on; the level that [`prepare_entry`](Self::prepare_entry)
@@ -309,7 +337,7 @@ impl NestedSvm {
         self.events.window = false;
     }
 
-    fn start_step(&mut self, vmcb: &mut Vmcb) {
+    pub(crate) fn start_step(&mut self, vmcb: &mut Vmcb) {
         if self.events.step.is_none() {
             self.events.step = Some(Step {
                 tf: vmcb.save.rflags & rflags::TF != 0,
@@ -337,7 +365,9 @@ impl NestedSvm {
     #[inline]
     pub(crate) fn own_exit(&mut self, vmcb: &mut Vmcb, code: u64) -> bool {
         match code {
-            exit_code::IRET if self.events.watches_iret() || self.events.iret01 => self.iret_reached(vmcb),
+            exit_code::IRET if self.events.watches_iret() || self.events.iret01 || self.in_l2_watching_iret() => {
+                self.iret_reached(vmcb)
+            }
             exit_code::VINTR if self.events.window => {
                 self.settled = Settled::No;
                 self.events.window = false;
@@ -348,12 +378,19 @@ impl NestedSvm {
         }
     }
 
+    fn in_l2_watching_iret(&self) -> bool {
+        self.level == Level::L2 && self.watches_vnmi_iret()
+    }
+
     /// The guest is about to execute IRET, which ends the blocking of NMIs.
     #[cold]
     fn iret_reached(&mut self, vmcb: &mut Vmcb) -> bool {
         self.settled = Settled::No;
         if self.events.watches_iret() {
             self.events.blocking = Blocking::AtIret(vmcb.save.rip);
+        }
+        if self.level == Level::L2 {
+            self.vnmi_iret_reached(vmcb.save.rip);
         }
         let l1_wants = self.level == Level::L2 && self.control.intercepts.misc1 & misc1::IRET != 0;
         if !l1_wants {
@@ -369,10 +406,14 @@ impl NestedSvm {
     fn step_done(&mut self, vmcb: &mut Vmcb) -> bool {
         self.settled = Settled::No;
         let Some(step) = self.events.step else { return false };
-        if matches!(self.events.blocking, Blocking::AtIret(_)) {
+        if self.events.vnmi_iret.is_some() || matches!(self.events.blocking, Blocking::AtIret(_)) {
             // IRET loaded RFLAGS: TF is the guest's.
             self.events.step = Some(Step { tf: true, ..step });
-            self.events.blocking = Blocking::Off;
+            self.settle_vnmi(vmcb);
+            self.events.blocking = match self.events.blocking {
+                Blocking::AtIret(_) => Blocking::Off,
+                other => other,
+            };
         }
         self.cancel_step(vmcb);
         if !step.tf {

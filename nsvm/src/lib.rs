@@ -29,6 +29,7 @@ mod view;
 pub mod vmcb;
 mod vmexit;
 mod vmrun;
+mod vnmi;
 
 pub use entry::{Entry, EntryPlan};
 pub use l1::{Fault, L1Exit};

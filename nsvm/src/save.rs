@@ -123,6 +123,9 @@ impl NestedSvm {
         };
         self.cancel_step(vmcb);
         self.settle_blocking(vmcb);
+        if self.level == Level::L2 {
+            self.settle_vnmi(vmcb);
+        }
         let (nmi, init, interrupt, blocked) = self.events.parts();
         let mut flags = 0;
         for (set, bit) in [

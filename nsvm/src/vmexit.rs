@@ -44,6 +44,8 @@ impl NestedSvm {
         m: &mut Machine<'_, G, M, C>,
         exit: Exit,
     ) -> Result<(), MemoryError> {
+        self.settle_vnmi(m.vmcb02);
+        self.events.vnmi_iret = None;
         let stored = self.vmcb12.map_or(Err(MemoryError), |gpa| self.store(m.memory, m.vmcb02, gpa, exit));
         if stored.is_err() {
             self.vmcb12 = None;
@@ -124,7 +126,7 @@ impl NestedSvm {
         if self.hardware_vgif() {
             changed |= int_ctl::V_GIF;
         }
-        if self.control.int_ctl & int_ctl::V_NMI_ENABLE != 0 {
+        if self.hardware_vnmi() {
             changed |= int_ctl::V_NMI | int_ctl::V_NMI_MASK;
         }
         if self.withholds_virq() {

@@ -95,6 +95,7 @@ impl NestedSvm {
         self.settled = Settled::No;
         self.level = Level::L2;
         self.gif = true;
+        self.events.attend(self.attends_vnmi());
         Ok(invalidate)
     }
 

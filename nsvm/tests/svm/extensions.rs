@@ -4,7 +4,7 @@
 use nsvm::caps::{Config, ConfigError, Features};
 use nsvm::check::Refusal;
 use nsvm::msr::TSC_RATIO;
-use nsvm::vmcb::bits::{cr0, cr4, int_ctl, misc1, misc2, np, virt_ext};
+use nsvm::vmcb::bits::{cr0, cr4, int_ctl, misc1, misc2, np, rflags, virt_ext};
 use nsvm::{L1Exit, L2Exit, exit_code};
 
 use crate::rig::{L2_RIP, Rig, VMCB12, host};
@@ -38,12 +38,14 @@ fn l2_at(rig: &mut Rig, code: u64, insn: &[u8]) -> L2Exit {
 #[test]
 fn only_what_there_is_is_offered() {
     let plain = host(Features::NP);
-    for feature in [Features::TSC_RATE, Features::VNMI, Features::LBR, Features::NRIPS, Features::PAUSE_FILTER] {
+    for feature in [Features::TSC_RATE, Features::LBR, Features::NRIPS, Features::PAUSE_FILTER] {
         let without = Config::new(plain, feature, 8, true).err();
         assert_eq!(without, Some(ConfigError::Unsupported(feature.edx())));
         assert!(Config::new(host(Features::NP.union(feature)), feature, 8, true).is_ok());
     }
-    assert!(Config::new(plain, Features::V_VMSAVE_VMLOAD, 8, true).is_ok(), "in software");
+    for software in [Features::V_VMSAVE_VMLOAD, Features::VNMI, Features::VGIF] {
+        assert!(Config::new(plain, software, 8, true).is_ok());
+    }
     let rate = host(Features::NP.union(Features::TSC_RATE));
     assert!(!Config::all(rate, 8, true).unwrap().features().has(Features::TSC_RATE), "it needs the embedder");
     // AVIC (13), x2AVIC (18), SSS check (19) and the like: not even where the processor has them.
@@ -123,8 +125,9 @@ fn virtual_nmis_are_the_processors() {
     rig.vmcb02.control.int_ctl = int_ctl::V_NMI_ENABLE | int_ctl::V_NMI_MASK;
     rig.l2_to_l1(exit_code::HLT);
     assert_eq!(rig.vmcb12.control.int_ctl, int_ctl::V_NMI_ENABLE | int_ctl::V_NMI_MASK);
-    // Without the feature there are no such bits, and so no rule.
-    let mut without = self::rig(Features::default());
+    // Not offered, there are no such bits, and so no rule.
+    let mut without = Rig::with(Config::new(host(Features::NP), Features::NP, 8, true).unwrap());
+    without.enable();
     without.vmcb12.control.int_ctl = enabled;
     without.enter();
     without.prepare();
@@ -149,6 +152,130 @@ fn a_virtual_nmi_waits_for_gif() {
     rig.prepare();
     rig.l2_to_l1(exit_code::HLT);
     assert_eq!(rig.vmcb12.control.int_ctl, enabled);
+}
+
+/// L2 runs with a pending virtual NMI, on a processor that knows of none.
+fn soft_vnmi(int_ctl: u64) -> Rig {
+    let mut rig = rig(Features::default());
+    rig.vmcb12.control.int_ctl = int_ctl::V_NMI_ENABLE | int_ctl;
+    rig.vmcb12.control.intercepts.misc1 = misc1::NMI | misc1::HLT;
+    rig.enter();
+    rig
+}
+
+const NMI: u64 = 1 << 31 | 2 << 8 | 2;
+
+/// V_NMI and V_NMI_MASK as an exit shows them to L1.
+fn shown(rig: &mut Rig) -> u64 {
+    rig.l2_to_l1(exit_code::HLT);
+    rig.vmcb12.control.int_ctl & (int_ctl::V_NMI | int_ctl::V_NMI_MASK)
+}
+
+#[test]
+fn software_injects_virtual_nmis() {
+    let mut rig = soft_vnmi(int_ctl::V_NMI);
+    rig.prepare();
+    assert_eq!(rig.vmcb02.control.event_inj, NMI);
+    assert_eq!(rig.vmcb02.control.int_ctl & (int_ctl::V_NMI | int_ctl::V_NMI_MASK | int_ctl::V_NMI_ENABLE), 0);
+    assert_ne!(rig.vmcb02.control.intercepts.misc1 & misc1::IRET, 0);
+    assert_eq!(shown(&mut rig), int_ctl::V_NMI_MASK);
+    // Nothing pending, nothing done.
+    let mut rig = soft_vnmi(0);
+    rig.prepare();
+    assert_eq!((rig.vmcb02.control.event_inj, rig.vmcb02.control.intercepts.misc1 & misc1::IRET), (0, 0));
+    assert_eq!(shown(&mut rig), 0);
+    // Masked, it waits; L1's own event goes first; in an interrupt shadow it comes one instruction later.
+    let mut rig = soft_vnmi(int_ctl::V_NMI | int_ctl::V_NMI_MASK);
+    rig.prepare();
+    assert_eq!(rig.vmcb02.control.event_inj, 0);
+    assert_eq!(shown(&mut rig), int_ctl::V_NMI | int_ctl::V_NMI_MASK);
+    for (event, state) in [(1 << 31 | 0x50, 0), (0, 1)] {
+        (rig.vmcb12.control.event_inj, rig.vmcb12.control.int_state) = (event, state);
+        rig.vmcb12.control.int_ctl = int_ctl::V_NMI_ENABLE | int_ctl::V_NMI;
+        rig.enter();
+        let plan = rig.prepare();
+        assert_eq!((rig.vmcb02.control.event_inj, plan.exit_soon), (event, event != 0));
+        assert_eq!(rig.vmcb02.save.rflags & rflags::TF != 0, state != 0, "a single step over the shadow");
+        rig.vmcb02.control.int_state = 0;
+        rig.vmcb02.control.event_inj = 0;
+        let stepped = if state != 0 { rig.l2(exit_code::EXCEPTION | 1) } else { rig.l2(exit_code::NMI) };
+        assert_eq!(stepped, if state != 0 { L2Exit::Resume } else { L2Exit::Embedder });
+        rig.prepare();
+        assert_eq!((rig.vmcb02.control.event_inj, rig.vmcb02.save.rflags & rflags::TF), (NMI, 0));
+        assert_eq!(shown(&mut rig), int_ctl::V_NMI_MASK);
+    }
+}
+
+#[test]
+fn software_unmasks_virtual_nmis_after_iret() {
+    for pending in [0, int_ctl::V_NMI] {
+        let mut rig = soft_vnmi(int_ctl::V_NMI_MASK | pending);
+        rig.prepare();
+        assert_eq!(rig.l2(exit_code::IRET), L2Exit::Resume);
+        rig.prepare();
+        assert_eq!(rig.vmcb02.control.intercepts.misc1 & misc1::IRET, 0, "it is to be executed");
+        assert_eq!(rig.vmcb02.save.rflags & rflags::TF != 0, pending != 0, "with another pending, one step");
+        // Not executed yet: something of L0's came first.
+        assert_eq!(rig.l2(exit_code::NMI), L2Exit::Embedder);
+        rig.prepare();
+        assert_eq!(rig.vmcb02.control.event_inj, 0);
+        // Now it is.
+        rig.vmcb02.save.rip += 0x100;
+        rig.vmcb02.save.rflags &= !rflags::TF;
+        if pending != 0 {
+            assert_eq!(rig.l2(exit_code::EXCEPTION | 1), L2Exit::Resume);
+            rig.prepare();
+            assert_eq!(rig.vmcb02.control.event_inj, NMI);
+        }
+        assert_eq!(shown(&mut rig), if pending != 0 { int_ctl::V_NMI_MASK } else { 0 });
+    }
+    // L1 intercepts IRET: the exit is L1's, and the mask stays as long as RIP does.
+    let mut rig = soft_vnmi(int_ctl::V_NMI_MASK);
+    rig.l2_to_l1(exit_code::HLT);
+    rig.vmcb12.control.intercepts.misc1 |= misc1::IRET;
+    rig.enter();
+    rig.prepare();
+    rig.l2_to_l1(exit_code::IRET);
+    assert_eq!(rig.vmcb12.control.int_ctl & int_ctl::V_NMI_MASK, int_ctl::V_NMI_MASK);
+}
+
+#[test]
+fn software_keeps_virtual_nmis_back_while_gif_is_clear() {
+    let mut rig = soft_vnmi(int_ctl::V_NMI);
+    assert!(rig.nested.gif());
+    // L2's own CLGI, before anything was injected.
+    rig.write(L2_RIP, &[0x0F, 0x01, 0xDD]);
+    assert_eq!(rig.l2(exit_code::CLGI), L2Exit::Resume);
+    rig.prepare();
+    assert_eq!(rig.vmcb02.control.event_inj, 0);
+    assert_eq!(l2_at(&mut rig, exit_code::STGI, &[0x0F, 0x01, 0xDC]), L2Exit::Resume);
+    rig.prepare();
+    assert_eq!(rig.vmcb02.control.event_inj, NMI);
+    // With a virtual GIF, kept in software too, that one counts.
+    let mut rig = soft_vnmi(int_ctl::V_NMI | int_ctl::V_GIF_ENABLE);
+    rig.prepare();
+    assert_eq!(rig.vmcb02.control.event_inj, 0);
+    assert_eq!(l2_at(&mut rig, exit_code::STGI, &[0x0F, 0x01, 0xDC]), L2Exit::Resume);
+    rig.prepare();
+    assert_eq!(rig.vmcb02.control.event_inj, NMI);
+}
+
+#[test]
+fn a_saved_state_has_virtual_nmis() {
+    let mut rig = soft_vnmi(int_ctl::V_NMI_MASK);
+    rig.prepare();
+    assert_eq!(rig.l2(exit_code::IRET), L2Exit::Resume);
+    let at_iret = rig.call(|nested, m| nested.save(m.vmcb01, m.vmcb02));
+    assert_ne!(at_iret.control.int_ctl & int_ctl::V_NMI_MASK, 0);
+    rig.vmcb02.save.rip += 1;
+    let after = rig.call(|nested, m| nested.save(m.vmcb01, m.vmcb02));
+    assert_eq!(after.control.int_ctl & int_ctl::V_NMI_MASK, 0);
+    for (saved, watched) in [(at_iret, true), (after, false)] {
+        let config = *rig.nested.config();
+        rig.nested = rig.call(|_, m| nsvm::NestedSvm::restore(config, &saved, m)).unwrap();
+        rig.prepare();
+        assert_eq!(rig.vmcb02.control.intercepts.misc1 & misc1::IRET != 0, watched);
+    }
 }
 
 fn branches(rig: &mut Rig, level: u8, first: u64) {
