@@ -360,6 +360,15 @@ impl NestedSvm {
         }
     }
 
+    /// Takes the library's own intercept out of VMCB01; the next entry puts it back where it is needed.
+    pub(crate) const fn unwatch_l1(&mut self, vmcb01: &mut Vmcb) {
+        self.settled = Settled::No;
+        if self.events.iret01 {
+            self.events.iret01 = false;
+            vmcb01.control.intercepts.misc1 &= !misc1::IRET;
+        }
+    }
+
     /// An exit that the library caused for its own ends: IRET watch, single step, interrupt window. `true` when it was
     /// and nobody else has a use for it.
     #[inline]

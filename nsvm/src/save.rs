@@ -114,7 +114,8 @@ pub enum RestoreError {
 }
 
 impl NestedSvm {
-    /// The state as it is now. Call it before [`prepare_entry`](Self::prepare_entry), not after.
+    /// The state as it is now. Call it before [`prepare_entry`](Self::prepare_entry), not after. VMCB01's intercepts are
+    /// the embedder's own then, and the VP may go on.
     pub fn save(&mut self, vmcb01: &mut Vmcb, vmcb02: &mut Vmcb) -> SavedState {
         // A step of the library's own is no guest state.
         let vmcb = match self.level {
@@ -126,6 +127,7 @@ impl NestedSvm {
         if self.level == Level::L2 {
             self.settle_vnmi(vmcb);
         }
+        self.unwatch_l1(vmcb01);
         let (nmi, init, interrupt, blocked) = self.events.parts();
         let mut flags = 0;
         for (set, bit) in [

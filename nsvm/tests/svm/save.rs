@@ -192,3 +192,36 @@ fn what_cannot_be_is_not_restored() {
     let error = rig.call(|_, m| NestedSvm::restore(plain, &saved, m).err());
     assert_eq!(error, Some(RestoreError::Enlightenments));
 }
+
+/// L1 handles an NMI, and its IRET is watched: a state that is saved then, in L1 or in an L2 that the handler runs,
+/// leaves nothing in VMCB01 that nobody knows of once it is restored.
+#[test]
+fn saving_takes_the_watch_on_iret_out() {
+    for enters in [false, true] {
+        let mut rig = Rig::ready();
+        rig.nested.pend_nmi();
+        rig.prepare();
+        let iret = |rig: &Rig| rig.vmcb01.control.intercepts.misc1 & misc1::IRET != 0;
+        assert!(iret(&rig), "the control");
+        rig.vmcb01.control.exit_code = exit_code::NMI;
+        assert_eq!(rig.call(|nested, m| nested.l1_exit(m)), L1Exit::NotMine);
+        if enters {
+            rig.enter();
+        }
+        let saved = save(&mut rig);
+        assert!(!iret(&rig));
+        let restored = rig.call(|_, m| NestedSvm::restore(config(), &saved, m)).unwrap();
+        rig.nested = restored;
+        rig.prepare();
+        assert_eq!(iret(&rig), !enters);
+        if enters {
+            // L2's IRET ends the blocking; L1's is its own affair then.
+            assert_ne!(rig.vmcb02.control.intercepts.misc1 & misc1::IRET, 0);
+            assert_eq!(rig.l2(exit_code::IRET), L2Exit::Resume);
+            rig.vmcb02.save.rip += 2;
+            assert_eq!(rig.l2(exit_code::VMRUN), L2Exit::ToL1);
+            rig.prepare();
+            assert!(!iret(&rig));
+        }
+    }
+}
