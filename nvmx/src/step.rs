@@ -23,10 +23,13 @@ pub fn cpl<V: Vmcs + ?Sized>(vmcs: &V) -> u8 {
     (vmcs.read32(Field::GuestSsAccessRights) >> access_rights::DPL_SHIFT & 3) as u8
 }
 
-/// Ends the instruction that exited: RIP moves past it, the interrupt shadow ends, and with RFLAGS.TF a single-step
-/// #DB is pending.
+/// Ends the instruction that exited: RIP moves past it, RFLAGS.RF is clear, the interrupt shadow ends, and with
+/// RFLAGS.TF a single-step #DB is pending.
 pub fn complete_instruction<V: Vmcs + ?Sized>(vmcs: &mut V) {
     let flags = vmcs.read(Field::GuestRflags);
+    if flags & rflags::RF != 0 {
+        vmcs.write(Field::GuestRflags, flags & !rflags::RF);
+    }
     complete_with(vmcs, flags);
 }
 

@@ -67,9 +67,9 @@ pub(crate) enum Done {
 /// The result of an instruction that does not enter L2.
 pub(crate) type Outcome = Result<Done, Fault>;
 
-/// RFLAGS after VMsucceed (`set` is 0) or a VMfail (`set` is CF or ZF).
+/// RFLAGS after VMsucceed (`set` is 0) or a VMfail (`set` is CF or ZF); RF is clear after every instruction.
 pub(crate) const fn flags(old: u64, set: u64) -> u64 {
-    old & !rflags::ARITHMETIC | set
+    old & !(rflags::ARITHMETIC | rflags::RF) | set
 }
 
 impl NestedVmx {

@@ -183,3 +183,17 @@ fn init_ends_vmx_operation() {
     assert_eq!((rig.nested.vmxon_pointer(), rig.nested.current()), (None, Current::None));
     assert_eq!(rig.nested.feature_control(), feature_control::ENABLED, "it stays locked");
 }
+
+#[test]
+fn an_instruction_clears_the_resume_flag_and_a_fault_does_not() {
+    let resume = 1 << 16;
+    let mut rig = Rig::ready();
+    rig.vmcs01.poke(Field::GuestRflags, 2 | resume);
+    assert_eq!(rig.end(exit_reason::VMFUNC), UD);
+    assert_eq!(rig.vmcs01.peek(Field::GuestRflags), 2 | resume);
+    assert_eq!(rig.l1(exit_reason::VMXOFF), L1Exit::Resume);
+    assert_eq!(rig.vmcs01.peek(Field::GuestRflags), 2);
+    rig.vmcs01.poke(Field::GuestRflags, 2 | resume);
+    nvmx::step::complete_instruction(&mut rig.vmcs01);
+    assert_eq!(rig.vmcs01.peek(Field::GuestRflags), 2);
+}

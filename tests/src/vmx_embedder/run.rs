@@ -279,11 +279,9 @@ impl World<'_> {
                 vp.vmcs02.write(Field::EptPointer, root);
             }
         }
-        let vmcs12 = vp.nested.vmcs12();
-        if vmcs12.get32(Field::PrimaryControls) & primary::TPR_SHADOW != 0 {
+        if let Some(gpa) = vp.nested.virtual_apic_page() {
             // Where L1 has no memory, a page of the embedder's that nobody else uses.
-            let home = vp.memory.home(vmcs12.get(Field::VirtualApicAddress));
-            let page = home.map_or(vp.at.scratch, |home| home.frame);
+            let page = vp.memory.home(gpa.raw()).map_or(vp.at.scratch, |home| home.frame);
             vp.vmcs02.write(Field::VirtualApicAddress, page);
         }
     }
