@@ -392,6 +392,8 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { cpus: 2, ..VMX_BARE },
     VMX,
     Scenario { cpus: 2, ..VMX },
+    // Without the enlightenments L0 offers what the enlightened VMCS cannot carry.
+    Scenario { name: "vmx-plain", args: "enlighten=off", ..VMX },
     // The smallest hypervisor: alone, and as L1.
     Scenario { name: "vmx-smallest-bare", args: "test=vmx", machine: BOCHS, ..BASE },
     Scenario { name: "vmx-smallest", image: "l0", args: "audit", modules: SMALLEST_L1, machine: BOCHS, ..BASE },

@@ -89,7 +89,7 @@ impl Guest {
     /// Runs the guest until its next exit; GIF is clear before and after.
     pub fn run_closed(&mut self) -> Exit {
         if vmx::is_on() {
-            return self.side.run(&mut self.gprs, &mut self.vmcb);
+            return self.side.run(&mut self.gprs, &mut self.vmcb, true, |_| ());
         }
         let vmcb = (&raw mut self.vmcb) as u64;
         self.vmcb.set_rax(self.gprs.rax);
@@ -97,6 +97,21 @@ impl Guest {
         unsafe { hw::svm::run_sharing_state(&mut self.gprs, vmcb) };
         self.gprs.rax = self.vmcb.rax();
         Exit { code: self.vmcb.exit_code(), info1: self.vmcb.exit_info1(), info2: self.vmcb.exit_info2() }
+    }
+
+    /// On VT-x: runs the guest with `change` made to its VMCS.
+    pub fn run_changed(&mut self, change: impl FnOnce(&mut vmx::Fields<'_>)) -> Exit {
+        self.side.run(&mut self.gprs, &mut self.vmcb, true, change)
+    }
+
+    /// On VT-x: runs the guest with its VMCS as the last run left it, but for `change`.
+    pub fn run_again(&mut self, change: impl FnOnce(&mut vmx::Fields<'_>)) -> Exit {
+        self.side.run(&mut self.gprs, &mut self.vmcb, false, change)
+    }
+
+    /// On VT-x: what it has beside its VMCB.
+    pub fn side(&mut self) -> &mut vmx::Side {
+        &mut self.side
     }
 
     /// Moves RIP past an instruction of `length` bytes.

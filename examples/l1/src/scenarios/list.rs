@@ -53,4 +53,23 @@ scenarios! {
     svm "flush-lock-release" => storm::lock_release;
     svm "flush-storm" => storm::direct;
     svm "flush-storm-reflected" => storm::reflected;
+    vmx "vmx-failures" => vmx_instructions::failures;
+    vmx "vmx-no-current-vmcs" => vmx_instructions::no_current_vmcs;
+    vmx "vmx-faults" => vmx_instructions::faults;
+    vmx "vmx-launch-state" => vmx_instructions::launch_state;
+    vmx "vmx-refused-entries" => vmx_controls::refused_entries;
+    vmx "vmx-preemption-timer" => vmx_controls::preemption_timer;
+    vmx "vmx-interrupt-window" => vmx_controls::interrupt_window;
+    vmx "vmx-nmi-window" => vmx_controls::nmi_window;
+    vmx "vmx-cr-shadows" => vmx_controls::cr_shadows;
+    vmx "vmx-page-fault-mask" => vmx_controls::page_fault_mask;
+    vmx "vmx-msr-lists" => vmx_controls::msr_lists;
+    vmx "vmx-tsc-offset" => vmx_controls::tsc_offset;
+    vmx "ept-violations" => vmx_ept::violations;
+    vmx "ept-misconfigurations" => vmx_ept::misconfigurations;
+    vmx "ept-large-pages" => vmx_ept::large_pages;
+    vmx "ept-accessed-dirty" => vmx_ept::accessed_dirty;
+    vmx "ept-invept" => vmx_ept::invept;
+    vmx "evmcs-clean-fields" => vmx_evmcs::clean_fields;
+    vmx "evmcs-instructions" => vmx_evmcs::instructions;
 }

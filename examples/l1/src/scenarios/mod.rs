@@ -14,6 +14,10 @@ mod other_vm;
 mod paging;
 pub mod storm;
 mod time;
+mod vmx_controls;
+mod vmx_ept;
+mod vmx_evmcs;
+mod vmx_instructions;
 
 use crate::Failure;
 

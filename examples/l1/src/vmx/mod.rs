@@ -8,7 +8,8 @@ mod from_exit;
 mod side;
 mod to_vmcs;
 
-pub use side::{Side, enable};
+pub use from_exit::OTHER;
+pub use side::{Fields, Side, enable, forget_current};
 
 use core::sync::atomic::{AtomicBool, Ordering};
 

@@ -92,15 +92,24 @@ impl Side {
         }
     }
 
-    /// Runs the guest that `vmcb` describes until its next exit, which goes back there.
-    pub fn run(&mut self, gprs: &mut Gprs, vmcb: &mut Vmcb) -> Exit {
+    /// Runs the guest that `vmcb` describes until its next exit, which goes back there. With `translate` false the VMCS
+    /// is taken as it is; `change` is applied last.
+    pub fn run(
+        &mut self,
+        gprs: &mut Gprs,
+        vmcb: &mut Vmcb,
+        translate: bool,
+        change: impl FnOnce(&mut Fields<'_>),
+    ) -> Exit {
         let enlightened = vmcb.hv_partition_assist() != 0 && hyperv::has_assist_page();
         let launched = if enlightened { self.use_enlightened() } else { self.use_plain() };
         let mut fields = match &mut self.enlightened {
             Some(page) if enlightened => Fields::Enlightened(page),
             _ => Fields::Plain,
         };
-        to_vmcs::write(&mut fields, vmcb);
+        if translate {
+            to_vmcs::write(&mut fields, vmcb);
+        }
         if let Fields::Enlightened(page) = &mut fields {
             page.set_context(vmcb.hv_vm_id(), vmcb.hv_vp_id(), L1Gpa::new(vmcb.hv_partition_assist()));
             page.set_direct_flush(vmcb.hv_control() & 1 != 0).expect("a partition assist page");
@@ -112,6 +121,7 @@ impl Side {
                 _ = vmx::invvpid(vmx::InvVpid::All);
             }
         }
+        change(&mut fields);
         self.world.gprs = *gprs;
         // SAFETY: the VMCS is bound to this world; its guest is this image's own code, or sees what its EPT maps.
         let entered = unsafe { vmx::enter(&mut self.world, launched) };
@@ -127,8 +137,27 @@ impl Side {
         seen
     }
 
+    /// The plain VMCS was cleared by other means.
+    pub fn cleared(&mut self) {
+        self.plain_launched = false;
+    }
+
+    /// A field of the VMCS that the last run used.
+    pub fn field(&mut self, field: Field) -> u64 {
+        let now = current().load(Ordering::Relaxed);
+        match &mut self.enlightened {
+            Some(page) if now == page.gpa().raw() | 1 => Fields::Enlightened(page).read(field),
+            _ => Fields::Plain.read(field),
+        }
+    }
+
+    /// Where the enlightened VMCS is, once there is one.
+    pub fn evmcs(&self) -> Option<u64> {
+        self.enlightened.as_ref().map(|page| page.gpa().raw())
+    }
+
     /// Makes the plain VMCS current; true when it was launched.
-    fn use_plain(&mut self) -> bool {
+    pub fn use_plain(&mut self) -> bool {
         if self.plain == 0 {
             leave_enlightened();
             let region = frames::page();
@@ -185,4 +214,10 @@ fn leave_enlightened() {
         hyperv::set_current_evmcs(None);
         current().store(0, Ordering::Relaxed);
     }
+}
+
+/// To be called when this processor's current VMCS was changed by other means: none is taken for current.
+pub fn forget_current() {
+    leave_enlightened();
+    current().store(0, Ordering::Relaxed);
 }
