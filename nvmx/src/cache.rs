@@ -156,6 +156,20 @@ impl Cache {
         }
     }
 
+    /// As [`learn`](Self::learn), to be completed by [`noted`](Self::noted).
+    #[inline(always)]
+    pub(crate) fn note(&mut self, field: Field, value: u64) {
+        if let Some(slot) = self.values.get_mut(field.slot()) {
+            *slot = value;
+        }
+    }
+
+    /// The values of `fields` were noted.
+    #[inline(always)]
+    pub(crate) const fn noted(&mut self, fields: &FieldSet) {
+        self.known = self.known.union(fields);
+    }
+
     /// Writes a field unless it is known to hold `value`.
     #[inline]
     pub(crate) fn write<V: Vmcs + ?Sized>(&mut self, vmcs: &mut V, field: Field, value: u64) {

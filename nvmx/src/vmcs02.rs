@@ -132,8 +132,10 @@ const CONTROLS: Groups = CleanFields::IO_BITMAP
     | CleanFields::CONTROL_EXCPN
     | CleanFields::CONTROL_XLAT;
 
-/// Group GUEST_GRP2: segments and descriptor tables.
+/// Group GUEST_GRP2: segments and descriptor tables; first the two fields that tell mode and CPL.
 pub(crate) const SEGMENTS: &[Field] = &[
+    Field::GuestCsAccessRights,
+    Field::GuestSsAccessRights,
     Field::GuestEsSelector,
     Field::GuestCsSelector,
     Field::GuestSsSelector,
@@ -153,8 +155,6 @@ pub(crate) const SEGMENTS: &[Field] = &[
     Field::GuestGdtrLimit,
     Field::GuestIdtrLimit,
     Field::GuestEsAccessRights,
-    Field::GuestCsAccessRights,
-    Field::GuestSsAccessRights,
     Field::GuestDsAccessRights,
     Field::GuestFsAccessRights,
     Field::GuestGsAccessRights,

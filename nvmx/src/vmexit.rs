@@ -209,12 +209,15 @@ pub mod abort {
     pub const LOADING_MSRS: u32 = 4;
 }
 
-/// Guest state that every exit saves and that stays in VMCS02 until it is needed.
-const DEFERRED: FieldSet = FieldSet::of(SEGMENTS)
-    .without(&FieldSet::of(&[Field::GuestCsAccessRights, Field::GuestSsAccessRights]))
-    .with(Field::GuestSysenterCs)
-    .with(Field::GuestSysenterEsp)
-    .with(Field::GuestSysenterEip);
+/// Guest state that every exit saves and that stays in VMCS02 until it is needed: segments but for the access rights of CS
+/// and SS, which come first in the list, and SYSENTER.
+const DEFERRED_SEGMENTS: &[Field] = match SEGMENTS {
+    [_, _, rest @ ..] => rest,
+    _ => &[],
+};
+const _: () = assert!(matches!(SEGMENTS, [Field::GuestCsAccessRights, Field::GuestSsAccessRights, ..]));
+const SYSENTER: &[Field] = &[Field::GuestSysenterCs, Field::GuestSysenterEsp, Field::GuestSysenterEip];
+const DEFERRED: FieldSet = FieldSet::of(DEFERRED_SEGMENTS).union(&FieldSet::of(SYSENTER));
 
 /// Guest state that every exit saves at once.
 const EAGER: &[Field] = &[
@@ -249,6 +252,16 @@ impl NestedVmx {
     #[inline]
     pub(crate) fn fetch_all<V: Vmcs + ?Sized>(&mut self, vmcs02: &V) {
         let mut stale = core::mem::take(&mut self.l2.stale);
+        if DEFERRED.without(&stale).is_empty() {
+            // The usual case, without a look at each.
+            for field in DEFERRED_SEGMENTS.iter().chain(SYSENTER) {
+                let value = vmcs02.read(*field);
+                self.l2.cache.note(*field, value);
+                self.vmcs12.set(*field, value);
+            }
+            self.l2.cache.noted(&DEFERRED);
+            stale = stale.without(&DEFERRED);
+        }
         while !stale.is_empty() {
             let Some(field) = stale.pop() else { return };
             let value = self.l2.cache.read(vmcs02, field);
