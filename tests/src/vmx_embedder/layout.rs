@@ -1,5 +1,7 @@
 //! Where everything is, in host memory and in the memory of an L1, and what is there at first.
 
+use std::sync::OnceLock;
+
 use nvmx::field::Field;
 use nvmx::vmcs12::{REVISION, Vmcs12};
 use zerocopy::IntoBytes;
@@ -112,7 +114,12 @@ pub fn segments() -> Vec<(Field, u64)> {
 }
 
 /// What a 64-bit L1 writes into a VMCS for a 64-bit L2 in its own memory, with EPT and VPID.
-pub fn good() -> Vec<(Field, u64)> {
+pub fn good() -> &'static [(Field, u64)] {
+    static GOOD: OnceLock<Vec<(Field, u64)>> = OnceLock::new();
+    GOOD.get_or_init(make_good)
+}
+
+fn make_good() -> Vec<(Field, u64)> {
     use Field::*;
     let config = config(false);
     let control = |allowed: nvmx::caps::Allowed, wanted: u32| u64::from(allowed.required | wanted);
@@ -172,7 +179,7 @@ pub fn lay_out(mem: &PhysMem, at: Places, own: &OwnMaps) {
     }
     mem.write(at.l1 + VMXON, 4, REVISION.into());
     let mut region = Vmcs12::default();
-    for (field, value) in good() {
+    for (field, value) in good().iter().copied() {
         region.set(field, value);
         if let Some(place) = field.evmcs() {
             mem.write(at.l1 + EVMCS + u64::from(place.offset), place.size.into(), value);
