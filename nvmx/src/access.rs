@@ -8,6 +8,7 @@ use crate::bits::{cr0, cr4, interruption};
 use crate::controls::{pin, primary, secondary};
 use crate::ept::switch_eptp;
 use crate::events::Injection;
+use crate::exit::Exit;
 use crate::exit_reason as r;
 use crate::field::Field;
 use crate::l1::Fault;
@@ -17,7 +18,6 @@ use crate::msr_list::Msrs;
 use crate::state::NestedVmx;
 use crate::step::{complete_instruction, in_64bit_code, register};
 use crate::vmcs02::PF;
-use crate::vmexit::Exit;
 
 /// Vectors.
 const DF: u32 = 8;

@@ -7,6 +7,7 @@ use crate::bits::{activity, cr0, interruptibility, interruption};
 use crate::check::{self, MSR_LIST_MAX, MsrRefusal, Refusal, Root};
 use crate::controls::{pin, secondary};
 use crate::events::Injection;
+use crate::exit::Exit;
 use crate::exit_reason;
 use crate::field::Field;
 use crate::groups::{self, Groups};
@@ -14,7 +15,6 @@ use crate::l1::L1Exit;
 use crate::machine::{Gprs, Machine, Vmcs};
 use crate::msr_list::{self, Msrs};
 use crate::state::{Context, NestedVmx};
-use crate::vmexit::Exit;
 use crate::vpid::Flush;
 use tlfs_abi::evmcs::CleanFields;
 

@@ -11,12 +11,12 @@ use hvcore::memory::GuestMemory;
 
 use crate::bits::{activity, interruptibility, interruption, rflags};
 use crate::controls::{pin, primary};
+use crate::exit::Exit;
 use crate::exit_reason;
 use crate::field::Field;
 use crate::machine::{Gprs, Machine, Vmcs};
 use crate::msr_list::Msrs;
 use crate::state::NestedVmx;
-use crate::vmexit::Exit;
 
 /// An event to inject, or one whose delivery an exit cut short.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

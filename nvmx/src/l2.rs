@@ -8,13 +8,13 @@ use crate::controls::{pin, primary, secondary};
 use crate::ept::Pml;
 use crate::events::{Injection, may_interrupt_delivery};
 use crate::evmcs::Enlightenments;
+use crate::exit::Exit;
 use crate::exit_reason::{self as r, ENTRY_FAILURE};
 use crate::field::Field;
 use crate::machine::{Gprs, Machine, Vmcs};
 use crate::msr_list::Msrs;
 use crate::state::{Current, NestedVmx};
 use crate::vmcs12::LaunchState;
-use crate::vmexit::Exit;
 
 /// What the embedder does after an exit of L2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

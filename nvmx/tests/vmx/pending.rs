@@ -410,3 +410,14 @@ fn l1_gets_its_nmi_when_its_window_opens() {
     assert_eq!(rig.vmcs01.peek(Field::EntryInterruptionInfo), NMI);
     assert_ne!(rig.vmcs01.peek(Field::PrimaryControls) & u64::from(primary::NMI_WINDOW_EXITING), 0);
 }
+
+#[test]
+fn behind_an_injection_what_l1_lets_through_waits_for_a_window() {
+    let mut rig = rig(0, &[(Field::EntryInterruptionInfo, 0x8000_0306), (Field::GuestRflags, 0x202)]);
+    rig.nested.pend_nmi();
+    rig.nested.pend_interrupt(Some(0x30));
+    rig.run();
+    assert_eq!(rig.vmcs02.peek(Field::EntryInterruptionInfo), 0x8000_0306);
+    assert!(window(&rig, primary::NMI_WINDOW_EXITING) && window(&rig, primary::INTERRUPT_WINDOW_EXITING));
+    assert_eq!(rig.vmcs02.peek(Field::PinBasedControls) & u64::from(pin::PREEMPTION_TIMER), 0, "no hurry");
+}
