@@ -1,6 +1,8 @@
 //! A caller for tests of the intake: recorded registers, flat memory that counts, a host that remembers requests.
 #![allow(dead_code)]
 
+pub mod host;
+
 use hvcore::addr::{L1Gpa, L2Gpa, Level};
 use hvcore::hypercall::*;
 use hvcore::memory::{Access, GuestMemory, L1Caller, L2Caller, MemoryError, SecondStage, TranslateError};

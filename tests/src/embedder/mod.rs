@@ -11,6 +11,7 @@
 //! | [`hyperv`] | hypercalls, and flushes before an entry |
 //! | [`vp`] | a VP's state, and its pages in the model's memory |
 //! | [`run`] | entry, exit, kicks: the embedder proper |
+//! | [`calls`] | hypercalls and direct flushes, with their kicks and waits |
 //! | [`guests`] | what L1 and L2 do, and what they must see |
 //! | [`hostile`] | hostile VMCBs, one world each |
 //! | [`actions`] | sequences of everything from bytes, for the fuzzer |
@@ -38,6 +39,7 @@ use nsvm::caps::{Config, Features, Host};
 use nsvm::vmcb::bits::efer;
 
 pub mod actions;
+pub mod calls;
 pub mod guests;
 pub mod hostile;
 pub mod hyperv;

@@ -42,10 +42,15 @@ pub fn reference_time() -> Outcome {
         let by_page = by_page.ok_or(Failure::Missing("a reference TSC page that is valid"))?;
         check("the page's time lies between two reads of the MSR", u64::from((before..=after).contains(&by_page)), 1)?;
     }
-    let (units, ticks) = (second.0 - first.0, second.1 - first.1);
-    let by_frequency = (u128::from(units) * u128::from(read(msr::TSC_FREQUENCY)) / 10_000_000) as u64;
-    let apart = by_frequency.abs_diff(ticks) * 50 / ticks.max(1);
-    check("by how many fiftieths the frequency is off", apart, 0)?;
+    // Each look at the time stamp counter lies between two at the reference time, however long they took.
+    let (least, most) = (second.0.saturating_sub(first.3), second.3 - first.0);
+    let ticks = u128::from(second.1 - first.1);
+    let frequency = u128::from(read(msr::TSC_FREQUENCY));
+    // Within a fiftieth.
+    let slow = ticks * 10_000_000 * 51 < frequency * u128::from(least) * 50;
+    let fast = ticks * 10_000_000 * 49 > frequency * u128::from(most) * 50;
+    check("the time stamp counter is slower than it says", u64::from(slow), 0)?;
+    check("the time stamp counter is faster than it says", u64::from(fast), 0)?;
     check("the APIC timer has a frequency", u64::from(read(msr::APIC_FREQUENCY) > 0), 1)?;
     // SAFETY: as above.
     unsafe { wrmsr(msr::REFERENCE_TSC, 0) };
