@@ -46,6 +46,8 @@ const LIMITS: &[(&str, u64)] = &[
     ("flush.l2.4096", 25 * 4096),
     ("flush.l2.1of4096", 2000),
     ("flush.l2.64of4096", 25 * 64 + 4000),
+    ("evmcs.load.clean", 150),
+    ("evmcs.store.cpuid", 600),
     ("nested.svm.l1_cpuid", 400),
     ("nested.svm.l2_cpuid_roundtrip", 2000),
     ("nested.svm.l1_vmload", 300),
