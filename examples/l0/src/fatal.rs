@@ -32,6 +32,8 @@ pub enum Failure {
     TooFewAsids,
     /// The library refused to restore what it had saved.
     NotRestored(nsvm::save::RestoreError),
+    /// The same on VT-x.
+    VmxNotRestored(nvmx::save::RestoreError),
     /// An exit that L0 did not ask for.
     UnexpectedExit,
     /// A nested page fault on an address that should be mapped.

@@ -53,6 +53,11 @@ fn enter_l2(vp: &mut Vp) {
     let context = NestedContext { ids, tag: u64::from(context.vpid), root: context.eptp.unwrap_or(0) };
     // What `Retire` asks for comes back from the next `LocalFlush::enter`.
     let _ = vp.flush.set_context(context);
+    load_second_stage(vp);
+}
+
+/// Puts in VMCS02 what only L0 knows of L1's memory.
+pub fn load_second_stage(vp: &mut Vp) {
     load_shadow(vp);
     load_apic_pages(vp);
 }
@@ -80,7 +85,7 @@ fn load_apic_pages(vp: &mut Vp) {
 }
 
 /// Puts the shadow of the tables that L2 runs on in VMCS02.
-pub fn load_shadow(vp: &mut Vp) {
+fn load_shadow(vp: &mut Vp) {
     let eptp = match vp.nested.context().eptp {
         Some(eptp) => vp.shadow.activate(eptp),
         None => {

@@ -3,7 +3,7 @@
 use core::cell::Cell;
 
 use hw::vmx;
-use nvmx::field::Field;
+use nvmx::field::{Area, Field};
 use nvmx::{Vmcs, exit_reason};
 
 use crate::counters::Counters;
@@ -62,6 +62,26 @@ impl HwVmcs {
         let loaded = unsafe { vmx::vmptrld(self.pa) };
         debug_assert!(loaded.is_ok());
         self.current.pa.set(self.pa);
+    }
+
+    /// Overwrites all that it holds: whoever uses it next writes what it needs.
+    pub fn destroy(&mut self) {
+        for field in Field::ALL {
+            self.write(*field, 0xa5a5_a5a5_a5a5_a5a5);
+        }
+        // SAFETY: VMX operation; the page is this VMCS's. It cannot fail: see `switch`.
+        let cleared = unsafe { vmx::vmclear(self.pa) };
+        debug_assert!(cleared.is_ok());
+        self.current.pa.set(u64::MAX);
+        self.launched = false;
+    }
+
+    /// Zeroes all controls and guest state: what a processor finds in a VMCS that was never written is its own affair.
+    pub fn zero(&mut self) {
+        for field in Field::ALL.iter().filter(|field| matches!(field.area(), Area::Control | Area::Guest)) {
+            self.write(*field, 0);
+        }
+        self.write(Field::VmcsLinkPointer, u64::MAX);
     }
 
     /// Enters the guest.

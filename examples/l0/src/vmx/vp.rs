@@ -79,6 +79,8 @@ pub struct Vp {
     pub apic_access: u64,
     /// Physical address of a page that nobody reads.
     pub spare: u64,
+    /// Turns of the run loop, where the nested state is churned.
+    turns: u64,
     /// What this entry was told to forget, for the auditor.
     invept: bool,
     /// When the guest left last, where instructions are counted.
@@ -147,25 +149,31 @@ impl Vp {
             init_held: false,
             held_sipi: None,
             flush_physical: true,
+            turns: 0,
             invept: false,
             eptp02: 0,
-            virtual_apic: 0,
-            apic_access: 0,
+            virtual_apic: u64::MAX,
+            apic_access: u64::MAX,
             spare: pa.spare,
             left_at: cpu::rdtsc(),
         };
-        for vmcs in [&*vp.m.vmcs02, &*vp.m.vmcs01] {
-            vmcs.load();
-            // SAFETY: the VMCS is current; the processor runs L0 with its own tables; the registers never move.
-            unsafe {
-                vmx_host::write_host_state();
-                vp.m.gprs.0.bind();
-            }
-        }
+        vp.set_host_state();
         vp.set_controls();
         shared.ipis.add(id, shared.apic.id());
         vp.init();
         Ok(vp)
+    }
+
+    /// Where exits lead, in both VMCSs, and zero for all else.
+    fn set_host_state(&mut self) {
+        for vmcs in [&mut *self.m.vmcs02, &mut *self.m.vmcs01] {
+            vmcs.zero();
+            // SAFETY: the VMCS is current; the processor runs L0 with its own tables; the registers never move.
+            unsafe {
+                vmx_host::write_host_state();
+                self.m.gprs.0.bind();
+            }
+        }
     }
 
     /// L0's own controls for L1.
@@ -245,6 +253,9 @@ impl Vp {
         if self.waiting || self.shared.ipis.has_events(self.id) {
             self.events();
         }
+        if self.shared.churn != 0 {
+            self.count_turn()?;
+        }
         let level = self.nested.route_events(&mut self.m);
         if let Some(due) = self.flush.enter(level) {
             let mutant = self.shared.mutant == Some(Mutant::DrainSkipped);
@@ -290,6 +301,33 @@ impl Vp {
                 nested::l2(self)
             }
         }
+    }
+
+    /// Every so many turns the nested state is saved, destroyed and restored: what it forgets, some scenario misses.
+    #[cold]
+    fn count_turn(&mut self) -> Result<(), Failure> {
+        self.turns += 1;
+        if !self.turns.is_multiple_of(self.shared.churn) {
+            return Ok(());
+        }
+        let saved = self.nested.save(&mut self.m);
+        self.m.vmcs02.destroy();
+        self.m.vmcs01.destroy();
+        self.set_host_state();
+        self.set_controls();
+        // What L0 keeps set, the library takes from here.
+        vcr::set_cr0(self.m.vmcs01, self.host, 0);
+        vcr::set_cr4(self.m.vmcs01, self.host, 0);
+        self.shadow.flush_everything();
+        (self.eptp02, self.virtual_apic, self.apic_access) = (0, u64::MAX, u64::MAX);
+        self.nested = match NestedVmx::restore(self.host.config, &saved, &mut self.m) {
+            Ok(nested) => nested,
+            Err(error) => return Err(Failure::VmxNotRestored(error)),
+        };
+        if self.nested.level() == Level::L2 {
+            nested::load_second_stage(self);
+        }
+        Ok(())
     }
 
     /// VMLAUNCH or VMRESUME failed.
