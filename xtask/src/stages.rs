@@ -34,6 +34,7 @@ pub const STAGES: &[Stage] = &[
     Stage { name: "other-targets", budget: minutes(1), run: other_targets },
     Stage { name: "loom", budget: minutes(3), run: loom },
     Stage { name: "flush-mutants", budget: minutes(4), run: flush_mutants },
+    Stage { name: "miri", budget: minutes(2), run: miri },
     Stage { name: "no-panic", budget: minutes(2), run: no_panic },
     Stage { name: "fuzz", budget: minutes(3), run: fuzz::stage },
     Stage { name: "qemu-test", budget: minutes(15), run: qemu_tests },
@@ -143,6 +144,20 @@ fn flush_mutants(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
     let sh = &ctx.sh;
     let command = cmd!(sh, "cargo test -p tests --target-dir target/mutants --test flush_stress -- --nocapture");
     log.run(command.env("CARGO_ENCODED_RUSTFLAGS", "--cfg\x1fflush_mutants"))?;
+    Ok(Outcome::Passed)
+}
+
+/// What of the tests is quick enough in Miri: the TLFS's types, whose layouts everything casts, and the client's calls.
+fn miri(ctx: &Ctx, log: &mut Log) -> Result<Outcome> {
+    let sh = &ctx.sh;
+    if cmd!(sh, "rustup run nightly cargo miri --version").quiet().ignore_stderr().read().is_err() {
+        return Ok(Outcome::Skipped("no nightly toolchain with Miri".into()));
+    }
+    for tests in [["-p", "tlfs-abi", "--tests"].as_slice(), &["-p", "hvcore", "--test", "client"]] {
+        let command = cmd!(sh, "rustup run nightly cargo miri test --target-dir target/miri {tests...}");
+        // Some tests read a table from a file; some make shared memory out of leaked boxes.
+        log.run(command.env("MIRIFLAGS", "-Zmiri-disable-isolation -Zmiri-ignore-leaks"))?;
+    }
     Ok(Outcome::Passed)
 }
 
