@@ -4,17 +4,77 @@
 use super::state::{State, bit::*, seg, sign_extend};
 use super::{Event, Trap};
 use crate::model::mem::PhysMem;
+use crate::model::walk::Kind;
 
-/// What delivery needs of a CPU.
+/// What CPUs of both vendors do alike: registers and their own accesses to memory.
 pub(crate) trait Core {
     /// The registers.
     fn state(&mut self) -> &mut State;
+
+    /// The physical address of a linear one.
+    fn translate(&mut self, mem: &PhysMem, addr: u64, kind: Kind, user: bool) -> Result<u64, Trap>;
+
+    /// Physical addresses of the bytes before and behind a page boundary, both translated before either is used.
+    fn span(&mut self, mem: &PhysMem, addr: u64, size: u64, kind: Kind, user: bool) -> Result<[(u64, u64); 2], Trap> {
+        let first = size.min(4096 - (addr & 4095));
+        let a = self.translate(mem, addr, kind, user)?;
+        let b = if first < size { self.translate(mem, addr.wrapping_add(first), kind, user)? } else { 0 };
+        Ok([(a, first), (b, size - first)])
+    }
+
     /// Loads from a linear address.
-    fn load(&mut self, mem: &PhysMem, addr: u64, size: u64, user: bool) -> Result<u64, Trap>;
+    fn load(&mut self, mem: &PhysMem, addr: u64, size: u64, user: bool) -> Result<u64, Trap> {
+        let [(a, n), (b, m)] = self.span(mem, addr, size, Kind::Read, user)?;
+        Ok(mem.read(a, n) | if m == 0 { 0 } else { mem.read(b, m) << (n * 8) })
+    }
+
     /// Stores to a linear address.
-    fn store(&mut self, mem: &PhysMem, addr: u64, size: u64, value: u64, user: bool) -> Result<(), Trap>;
+    fn store(&mut self, mem: &PhysMem, addr: u64, size: u64, value: u64, user: bool) -> Result<(), Trap> {
+        let [(a, n), (b, m)] = self.span(mem, addr, size, Kind::Write, user)?;
+        mem.write(a, n, value);
+        if m != 0 {
+            mem.write(b, m, value >> (n * 8));
+        }
+        Ok(())
+    }
+
     /// Translates for a supervisor write without writing.
-    fn reserve(&mut self, mem: &PhysMem, addr: u64, size: u64) -> Result<(), Trap>;
+    fn reserve(&mut self, mem: &PhysMem, addr: u64, size: u64) -> Result<(), Trap> {
+        self.span(mem, addr, size, Kind::Write, false).map(drop)
+    }
+
+    /// Fetches at RIP, as far as faults go.
+    fn fetch(&mut self, mem: &PhysMem) -> Result<(), Trap> {
+        let s = self.state();
+        let (base, user) = (if s.bits64() { 0 } else { s.seg[seg::CS].base }, s.cpl == 3);
+        let rip = s.rip.wrapping_add(base);
+        self.translate(mem, rip, Kind::Fetch, user).map(drop)
+    }
+
+    /// PUSHF of 8 bytes.
+    fn pushf(&mut self, mem: &PhysMem) -> Result<(), Trap> {
+        let s = self.state();
+        let (sp, flags, user) = (s.rsp.wrapping_sub(8), s.rflags & 0xFC_FFFF, s.cpl == 3);
+        self.store(mem, sp, 8, flags, user)?;
+        self.state().rsp = sp;
+        Ok(())
+    }
+
+    /// POPF of 8 bytes.
+    fn popf(&mut self, mem: &PhysMem) -> Result<(), Trap> {
+        let (sp, cpl) = (self.state().rsp, self.state().cpl);
+        let flags = self.load(mem, sp, 8, cpl == 3)?;
+        let keep = if cpl == 0 { FLAG_VM } else { FLAG_VM | FLAG_IF | 3 << 12 };
+        let s = self.state();
+        s.rflags = flags & 0x3F_7FD5 & !keep | s.rflags & keep | 2;
+        s.rsp = sp.wrapping_add(8);
+        Ok(())
+    }
+}
+
+/// What XSETBV takes: x87 always, AVX with SSE only, nothing else.
+pub(crate) const fn xcr0_valid(value: u64) -> bool {
+    value & 1 != 0 && value & 6 != 4 && value & !7 == 0
 }
 
 /// Reads the gate, pushes the frame, goes to the handler.

@@ -3,6 +3,7 @@
 use super::state::{State, bit::*, seg};
 use super::vmcb::{Image, ctl, exit, misc2, save, vintr};
 use super::{Control, Cpu, Event, GP, Guest, Op, Step, Trap};
+use crate::model::cpu::idt::Core;
 use crate::model::mem::PhysMem;
 use crate::model::walk::{Kind, Npt, Vendor};
 

@@ -269,32 +269,6 @@ impl Cpu {
         if self.state.bits64() { rip } else { rip & 0xFFFF_FFFF }
     }
 
-    fn fetch(&mut self, mem: &PhysMem) -> Result<(), Trap> {
-        let rip = self.state.rip.wrapping_add(if self.state.bits64() { 0 } else { self.state.seg[1].base });
-        self.translate(mem, rip, Kind::Fetch, self.state.cpl == 3).map(drop)
-    }
-
-    fn translate(&mut self, mem: &PhysMem, addr: u64, kind: Kind, user: bool) -> Result<u64, Trap> {
-        if !self.state.canonical(addr) {
-            return Err(GP);
-        }
-        let access = Access { kind, user, ac: self.state.rflags & bit::FLAG_AC != 0 };
-        let (cx, tag) = (self.context(), self.tag());
-        self.mmu.access(mem, &cx, tag, addr, access).map_err(|fault| match fault {
-            Fault::Page { code } => Trap::Exception(14, Some(code), addr),
-            Fault::Npf { info1, gpa } => Trap::Exit(vmcb::exit::NPF, info1, gpa),
-            Fault::EptViolation { .. } | Fault::EptMisconfig { .. } => unreachable!("no EPT here"),
-        })
-    }
-
-    /// Physical addresses of the bytes before and behind a page boundary, both translated before either is used.
-    fn span(&mut self, mem: &PhysMem, addr: u64, size: u64, kind: Kind, user: bool) -> Result<[(u64, u64); 2], Trap> {
-        let first = size.min(4096 - (addr & 4095));
-        let a = self.translate(mem, addr, kind, user)?;
-        let b = if first < size { self.translate(mem, addr.wrapping_add(first), kind, user)? } else { 0 };
-        Ok([(a, first), (b, size - first)])
-    }
-
     /// Whether the guest's hypervisor intercepts bit `n` of vector `v` (0: 0x60, 1: 0x80, 2: 0xA0).
     fn intercepts(&self, v: usize, n: u32) -> bool {
         self.guest.as_ref().is_some_and(|g| g.ctl.misc[v] & (1 << n) != 0)
@@ -312,21 +286,16 @@ impl Core for Cpu {
         &mut self.state
     }
 
-    fn load(&mut self, mem: &PhysMem, addr: u64, size: u64, user: bool) -> Result<u64, Trap> {
-        let [(a, n), (b, m)] = self.span(mem, addr, size, Kind::Read, user)?;
-        Ok(mem.read(a, n) | if m == 0 { 0 } else { mem.read(b, m) << (n * 8) })
-    }
-
-    fn store(&mut self, mem: &PhysMem, addr: u64, size: u64, value: u64, user: bool) -> Result<(), Trap> {
-        let [(a, n), (b, m)] = self.span(mem, addr, size, Kind::Write, user)?;
-        mem.write(a, n, value);
-        if m != 0 {
-            mem.write(b, m, value >> (n * 8));
+    fn translate(&mut self, mem: &PhysMem, addr: u64, kind: Kind, user: bool) -> Result<u64, Trap> {
+        if !self.state.canonical(addr) {
+            return Err(GP);
         }
-        Ok(())
-    }
-
-    fn reserve(&mut self, mem: &PhysMem, addr: u64, size: u64) -> Result<(), Trap> {
-        self.span(mem, addr, size, Kind::Write, false).map(drop)
+        let access = Access { kind, user, ac: self.state.rflags & bit::FLAG_AC != 0 };
+        let (cx, tag) = (self.context(), self.tag());
+        self.mmu.access(mem, &cx, tag, addr, access).map_err(|fault| match fault {
+            Fault::Page { code } => Trap::Exception(14, Some(code), addr),
+            Fault::Npf { info1, gpa } => Trap::Exit(vmcb::exit::NPF, info1, gpa),
+            Fault::EptViolation { .. } | Fault::EptMisconfig { .. } => unreachable!("no EPT here"),
+        })
     }
 }

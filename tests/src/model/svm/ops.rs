@@ -80,16 +80,11 @@ impl Cpu {
             }
             Op::Pushf => {
                 self.check(0, misc1::PUSHF)?;
-                let sp = self.state.rsp.wrapping_sub(8);
-                self.store(mem, sp, 8, self.state.rflags & 0xFC_FFFF, self.state.cpl == 3)?;
-                self.state.rsp = sp;
+                self.pushf(mem)?;
             }
             Op::Popf => {
                 self.check(0, misc1::POPF)?;
-                let flags = self.load(mem, self.state.rsp, 8, self.state.cpl == 3)?;
-                let keep = if self.state.cpl == 0 { FLAG_VM } else { FLAG_VM | FLAG_IF | 3 << 12 };
-                self.state.rflags = flags & 0x3F_7FD5 & !keep | self.state.rflags & keep | 2;
-                self.state.rsp = self.state.rsp.wrapping_add(8);
+                self.popf(mem)?;
             }
             Op::Rdtsc | Op::Rdtscp => {
                 if self.state.cr4 & CR4_TSD != 0 {
@@ -126,7 +121,7 @@ impl Cpu {
                 self.kernel()?;
                 (self.regs[RCX], self.state.rax, self.regs[RDX]) = (0, value & 0xFFFF_FFFF, value >> 32);
                 self.check(1, misc2::XSETBV)?;
-                if value & 1 == 0 || value & 6 == 4 || value & !7 != 0 {
+                if !idt::xcr0_valid(value) {
                     return Err(GP);
                 }
                 self.xcr0 = value;

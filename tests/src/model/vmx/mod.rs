@@ -29,7 +29,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::cpu::idt::Core;
-use super::cpu::state::{State, bit, seg};
+use super::cpu::state::{State, bit};
 pub use super::cpu::{Event, Lines, Op, Step};
 use super::cpu::{GP, LINE, Trap, UD};
 use super::mem::PhysMem;
@@ -241,6 +241,12 @@ impl Cpu {
     fn controls(&self) -> Controls {
         self.guest.as_ref().map_or_else(Controls::default, |g| g.c)
     }
+}
+
+impl Core for Cpu {
+    fn state(&mut self) -> &mut State {
+        &mut self.state
+    }
 
     fn translate(&mut self, mem: &PhysMem, addr: u64, kind: Kind, user: bool) -> Result<u64, Trap> {
         if !self.state.canonical(addr) {
@@ -255,43 +261,5 @@ impl Cpu {
             Fault::EptMisconfig { gpa } => Trap::Exit(reason::EPT_MISCONFIG, 0, gpa),
             Fault::Npf { .. } => unreachable!("no nested paging of AMD-V here"),
         })
-    }
-
-    /// Physical addresses of the bytes before and behind a page boundary, both translated before either is used.
-    fn span(&mut self, mem: &PhysMem, addr: u64, size: u64, kind: Kind, user: bool) -> Result<[(u64, u64); 2], Trap> {
-        let first = size.min(4096 - (addr & 4095));
-        let a = self.translate(mem, addr, kind, user)?;
-        let b = if first < size { self.translate(mem, addr.wrapping_add(first), kind, user)? } else { 0 };
-        Ok([(a, first), (b, size - first)])
-    }
-
-    fn fetch(&mut self, mem: &PhysMem) -> Result<(), Trap> {
-        let base = if self.state.bits64() { 0 } else { self.state.seg[seg::CS].base };
-        let rip = self.state.rip.wrapping_add(base);
-        self.translate(mem, rip, Kind::Fetch, self.state.cpl == 3).map(drop)
-    }
-}
-
-impl Core for Cpu {
-    fn state(&mut self) -> &mut State {
-        &mut self.state
-    }
-
-    fn load(&mut self, mem: &PhysMem, addr: u64, size: u64, user: bool) -> Result<u64, Trap> {
-        let [(a, n), (b, m)] = self.span(mem, addr, size, Kind::Read, user)?;
-        Ok(mem.read(a, n) | if m == 0 { 0 } else { mem.read(b, m) << (n * 8) })
-    }
-
-    fn store(&mut self, mem: &PhysMem, addr: u64, size: u64, value: u64, user: bool) -> Result<(), Trap> {
-        let [(a, n), (b, m)] = self.span(mem, addr, size, Kind::Write, user)?;
-        mem.write(a, n, value);
-        if m != 0 {
-            mem.write(b, m, value >> (n * 8));
-        }
-        Ok(())
-    }
-
-    fn reserve(&mut self, mem: &PhysMem, addr: u64, size: u64) -> Result<(), Trap> {
-        self.span(mem, addr, size, Kind::Write, false).map(drop)
     }
 }

@@ -137,17 +137,8 @@ impl Cpu {
                 self.kernel()?;
                 self.state.rflags &= !FLAG_IF;
             }
-            Op::Pushf => {
-                let sp = self.state.rsp.wrapping_sub(8);
-                self.store(mem, sp, 8, self.state.rflags & 0xFC_FFFF, self.state.cpl == 3)?;
-                self.state.rsp = sp;
-            }
-            Op::Popf => {
-                let flags = self.load(mem, self.state.rsp, 8, self.state.cpl == 3)?;
-                let keep = if self.state.cpl == 0 { FLAG_VM } else { FLAG_VM | FLAG_IF | 3 << 12 };
-                self.state.rflags = flags & 0x3F_7FD5 & !keep | self.state.rflags & keep | 2;
-                self.state.rsp = self.state.rsp.wrapping_add(8);
-            }
+            Op::Pushf => self.pushf(mem)?,
+            Op::Popf => self.popf(mem)?,
             Op::Rdtsc | Op::Rdtscp => {
                 if op == Op::Rdtscp && self.guest.is_some() && !c.proc2(proc2::RDTSCP) {
                     return Err(UD);
@@ -204,7 +195,7 @@ impl Cpu {
         self.kernel()?;
         (self.regs[RCX], self.state.rax, self.regs[RDX]) = (0, value & 0xFFFF_FFFF, value >> 32);
         self.exit_if(true, reason::XSETBV, 0)?;
-        if value & 1 == 0 || value & 6 == 4 || value & !7 != 0 {
+        if !idt::xcr0_valid(value) {
             return Err(GP);
         }
         self.xcr0 = value;

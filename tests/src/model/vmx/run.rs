@@ -3,6 +3,7 @@
 use super::caps::{pin, proc};
 use super::fields as f;
 use super::{Cpu, GP, Op, Step, Trap};
+use crate::model::cpu::idt::Core;
 use crate::model::cpu::state::{bit::*, seg, sign_extend};
 use crate::model::mem::PhysMem;
 
