@@ -198,6 +198,7 @@ const VMX: Scenario = Scenario {
     name: "vmx",
     batch: Some(Extension::Vmx),
     image: "l0",
+    args: "audit",
     modules: SMALL_L1,
     machine: BOCHS,
     timeout: 300,
@@ -393,7 +394,7 @@ pub const SCENARIOS: &[Scenario] = &[
     VMX,
     Scenario { cpus: 2, ..VMX },
     // Without the enlightenments L0 offers what the enlightened VMCS cannot carry.
-    Scenario { name: "vmx-plain", args: "enlighten=off", ..VMX },
+    Scenario { name: "vmx-plain", args: "enlighten=off audit", ..VMX },
     // The smallest hypervisor: alone, and as L1.
     Scenario { name: "vmx-smallest-bare", args: "test=vmx", machine: BOCHS, ..BASE },
     Scenario { name: "vmx-smallest", image: "l0", args: "audit", modules: SMALLEST_L1, machine: BOCHS, ..BASE },

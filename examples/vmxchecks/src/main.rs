@@ -30,6 +30,8 @@ struct Tally {
     not_run: u32,
     explained: [u32; Class::ALL.len()],
     unexplained: u32,
+    /// Ticks that the library took over those that entered; on Bochs a tick is an instruction.
+    ticks: u64,
 }
 
 /// How it is compared.
@@ -60,7 +62,9 @@ fn image(boot: &'static BootInfo) -> ExitCode {
 }
 
 fn one(machine: &mut Machine, tally: &mut Tally, s: &Sample, n: u64, mode: Mode) {
+    let start = hw::cpu::rdtsc();
     let mut verdict = judge(&s.vmcs, machine);
+    let ticks = hw::cpu::rdtsc() - start;
     if mode.blind && verdict == Err(Refusal::Controls(Controls::Vpid)) {
         verdict = Ok(());
     }
@@ -74,7 +78,10 @@ fn one(machine: &mut Machine, tally: &mut Tally, s: &Sample, n: u64, mode: Mode)
         matches!((ours, theirs), (Outcome::Fails(_), Outcome::Fails(_)) | (Outcome::Guest(_), Outcome::Guest(_)));
     if ours == theirs || s.changes > 1 && order {
         tally.alike += 1;
-        tally.entered += u32::from(ours == Outcome::Enters);
+        if ours == Outcome::Enters {
+            tally.entered += 1;
+            tally.ticks += ticks;
+        }
     } else if let Some(class) = explain::class(&s.vmcs, &verdict, theirs, s.changes, machine)
         && !mode.strict
     {
@@ -103,6 +110,7 @@ fn show(machine: &Machine, s: &Sample, n: u64, verdict: &Result<(), Refusal>, th
 fn report(tally: &Tally, wanted: u64) -> ExitCode {
     println!("vmxchecks: {wanted} samples: {} alike, {} of them entered", tally.alike, tally.entered);
     println!("vmxchecks: {} not run, {} unexplained", tally.not_run, tally.unexplained);
+    println!("vmxchecks: {} ticks for the checks of an entry", tally.ticks / u64::from(tally.entered.max(1)));
     for class in Class::ALL {
         println!("vmxchecks: {:5} {class:?}", tally.explained[class as usize]);
     }
