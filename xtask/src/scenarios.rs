@@ -229,6 +229,9 @@ const FLUSH: &[Module] = &[Module { content: Content::Image("l1"), args: "scenar
 /// The smallest hypervisor.
 const SMALLEST_L1: &[Module] = &[Module { content: Content::Image("selftest"), args: "test=vmx" }];
 
+const ENLIGHTENED_VM_ENTRIES: &[Module] =
+    &[Module { content: Content::Image("vmxchecks"), args: "samples=3000 explain=no evmcs=yes" }];
+
 const VM_ENTRIES: &[Module] = &[Module { content: Content::Image("vmxchecks"), args: "samples=3000 explain=no" }];
 
 const RUNTIME_AS_L1: &[Module] = &[Module { content: Content::Image("selftest"), args: "test=boot" }];
@@ -384,6 +387,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "vmx-entry-checks-blind", image: "vmxchecks", args: "samples=4000 blind=vpid", machine: BOCHS, expect: Expect::Failure("disagree"), ..BASE },
     // The same with L0 as the processor.
     Scenario { name: "l0-vmx-entry-checks", image: "l0", modules: VM_ENTRIES, machine: BOCHS, ..BASE },
+    Scenario { name: "l0-vmx-entry-checks-enlightened", image: "l0", modules: ENLIGHTENED_VM_ENTRIES, machine: BOCHS, ..BASE },
     Scenario { name: "l0-boot", image: "l0", modules: RUNTIME_AS_L1, machine: BOCHS, ..BASE },
     // A kick at every instruction of the window before a VM entry; the control loses one.
     Scenario { name: "vmx-kick-window", args: "test=kick", cpus: 2, machine: BOCHS, ..BASE },

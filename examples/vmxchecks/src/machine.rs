@@ -11,9 +11,12 @@ use hw::{cpu, msr, vmx_host};
 use nvmx::caps::{Config, Host, Offer};
 use nvmx::check::Root;
 use nvmx::controls::{pin, primary, secondary};
+use nvmx::evmcs::client::{AssistPage, Evmcs, EvmcsOffer, SharedPage};
 use nvmx::field::{Area, Field};
 use nvmx::vmcs12::{REVISION, Vmcs12};
 use samples::{Layout, PAGES, page};
+use tlfs_abi::cpuid;
+use tlfs_abi::evmcs::EvmcsUse;
 
 /// No NMI is expected: an entry that one holds up would be a failure.
 static KICKED: AtomicU8 = AtomicU8::new(0);
@@ -29,6 +32,8 @@ pub struct Machine {
     /// The pages.
     pub memory: Memory,
     world: &'static mut World,
+    /// The enlightened VMCS to use instead of a plain one.
+    enlightened: Option<Evmcs<'static>>,
     /// FS base, GS base, IA32_EFER, IA32_PAT: what an exit may have changed.
     msrs: [(u32, u64); 4],
 }
@@ -75,8 +80,8 @@ fn pages(count: u64) -> u64 {
 }
 
 impl Machine {
-    /// Starts VMX operation; `None` without VMX.
-    pub fn start() -> Option<Self> {
+    /// Starts VMX operation, with an enlightened VMCS if `enlightened`; `None` without VMX, or without a host for that.
+    pub fn start(enlightened: bool) -> Option<Self> {
         if !vmx::supported() {
             return None;
         }
@@ -108,7 +113,20 @@ impl Machine {
         // SAFETY: processors in 64-bit mode have these.
         let msrs = numbers.map(|number| (number, unsafe { msr::rdmsr(number) }));
         let root = Root { long_mode: true, current: L1Gpa::new(current) };
-        Some(Self { config, layout, root, memory: Memory { layout, revision }, world, msrs })
+        let memory = Memory { layout, revision };
+        let enlightened = if enlightened { Some(announce(current)?) } else { None };
+        Some(Self { config, layout, root, memory, world, enlightened, msrs })
+    }
+
+    /// What of a sample gets to the processor: with an enlightened VMCS, the fields that it has.
+    pub fn carried(&self, vmcs: &mut Vmcs12) {
+        if self.enlightened.is_some() {
+            for field in Field::ALL {
+                if !is_carried(*field) {
+                    vmcs.set(*field, 0);
+                }
+            }
+        }
     }
 
     /// VMLAUNCH with `vmcs`, and what came of it.
@@ -116,17 +134,30 @@ impl Machine {
         // SAFETY: VMX operation. The sample's guest is given no memory, and what it names lies in the samples' pages;
         // host state that an exit may load is the program's own, or put right by `restore`.
         let entered = unsafe {
-            assert!(vmx::vmclear(self.layout.current).is_ok() && vmx::vmptrld(self.layout.current).is_ok());
-            for field in Field::ALL {
-                if field.area() != Area::ExitInformation {
-                    vmx::write(*field, vmcs.get(*field));
+            assert!(vmx::vmclear(self.layout.current).is_ok());
+            if let Some(page) = &mut self.enlightened {
+                for field in Field::ALL {
+                    if field.area() != Area::ExitInformation {
+                        _ = page.write(*field, vmcs.get(*field));
+                    }
+                }
+            } else {
+                assert!(vmx::vmptrld(self.layout.current).is_ok());
+                for field in Field::ALL {
+                    if field.area() != Area::ExitInformation {
+                        vmx::write(*field, vmcs.get(*field));
+                    }
                 }
             }
             vmx::enter(self.world, false)
         };
         self.restore();
-        // SAFETY: VMX operation with a current VMCS.
-        let read = |field| unsafe { vmx::read(field) };
+        let page = self.enlightened.as_ref();
+        let read = |field| match page {
+            Some(page) => page.read(field).unwrap_or(0),
+            // SAFETY: VMX operation with a current VMCS.
+            None => unsafe { vmx::read(field) },
+        };
         let (reason, qualification) = (read(Field::ExitReason), read(Field::ExitQualification));
         match entered {
             Entered::Exited if reason >> 31 == 0 => Outcome::Enters,
@@ -150,6 +181,34 @@ impl Machine {
                 msr::wrmsr(number, value);
             }
         }
+    }
+}
+
+/// True for a field that the enlightened VMCS has for L1 to write.
+fn is_carried(field: Field) -> bool {
+    field.evmcs().is_some_and(|place| matches!(place.usage, EvmcsUse::Group(_)))
+}
+
+/// Makes the page at `gpa` an enlightened VMCS and announces it in this processor's VP assist page; `None` without a
+/// Hyper-V host that has such.
+fn announce(gpa: u64) -> Option<Evmcs<'static>> {
+    let leaf = |number| cpu::cpuid(number, 0);
+    let there = leaf(1).ecx & cpuid::LEAF1_ECX_HYPERVISOR_PRESENT != 0
+        && leaf(cpuid::LEAF_INTERFACE).eax == cpuid::INTERFACE_HV1
+        && leaf(cpuid::LEAF_RANGE).eax >= cpuid::LEAF_NESTED_OPTIMIZATIONS;
+    let (recommended, nested) = (leaf(cpuid::LEAF_RECOMMENDATIONS), leaf(cpuid::LEAF_NESTED_OPTIMIZATIONS));
+    if !there || !EvmcsOffer::from_leaves(recommended.eax, nested.eax, nested.ebx).evmcs {
+        return None;
+    }
+    let assist = pages(1);
+    // SAFETY: a Hyper-V host has the MSRs; both pages are this image's, given to it, mapped one to one. The VMCS there
+    // was used for nothing but the host's state, which has been read.
+    unsafe {
+        assert!(vmx::vmclear(gpa).is_ok());
+        msr::wrmsr(tlfs_abi::msr::GUEST_OS_ID, 1 << 63 | 0x7F << 56 | 1);
+        msr::wrmsr(tlfs_abi::msr::VP_ASSIST_PAGE, assist | tlfs_abi::msr::PageMsr::ENABLE);
+        AssistPage::new(&*(assist as *const SharedPage)).set_current(Some(L1Gpa::new(gpa)));
+        Some(Evmcs::new(&*(gpa as *const SharedPage), L1Gpa::new(gpa)))
     }
 }
 

@@ -1,8 +1,9 @@
 //! Random near-valid VMCSs, judged by the library's VM-entry checks and by the processor that this image runs on.
 //!
 //! The command line: `samples=N` (20,000), `seed=N`, `blind=vpid` makes the library overlook one rule: the control, which
-//! must be found out. A disagreement of a class that docs/vmx-checks.md explains is counted; any other is a failure, and
-//! with `explain=no` each is: for a processor that has the library's checks itself, the one that the L0 hypervisor shows.
+//! must be found out. With `evmcs=yes` the VMCSs are enlightened ones. A disagreement of a class that docs/vmx-checks.md
+//! explains is counted; any other is a failure, and with `explain=no` each is: for a processor that has the library's
+//! checks itself, the one that the L0 hypervisor shows.
 #![cfg_attr(freestanding, no_std, no_main)]
 #![cfg_attr(not(freestanding), allow(dead_code, reason = "a hosted build is for lints and documentation"))]
 
@@ -47,8 +48,8 @@ fn image(boot: &'static BootInfo) -> ExitCode {
     let number = |name, default| boot.argument(name).and_then(|n| n.parse().ok()).unwrap_or(default);
     let (wanted, seed): (u64, u64) = (number("samples", 20_000), number("seed", 1));
     let mode = Mode { blind: boot.argument("blind") == Some("vpid"), strict: boot.argument("explain") == Some("no") };
-    let Some(mut machine) = Machine::start() else {
-        println!("vmxchecks: no VMX here");
+    let Some(mut machine) = Machine::start(boot.argument("evmcs") == Some("yes")) else {
+        println!("vmxchecks: no VMX here, or no enlightened VMCS");
         return ExitCode::Failure;
     };
     let (mut rng, mut tally) = (Rng::new(seed), Tally::default());
@@ -56,6 +57,7 @@ fn image(boot: &'static BootInfo) -> ExitCode {
         let mut s = sample(&machine.config, &machine.layout, &mut rng);
         settle_host(&mut s.vmcs, &machine.config, &machine.layout, machine.root, machine::harmless);
         machine::let_time_run(&mut s.vmcs);
+        machine.carried(&mut s.vmcs);
         one(&mut machine, &mut tally, &s, n, mode);
     }
     report(&tally, wanted)
