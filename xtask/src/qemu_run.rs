@@ -249,7 +249,9 @@ fn image_args(options: &Options, chosen: &Chosen, cpus: u32, counted: bool) -> S
             args += &format!(" churn={churn}");
         }
         if counted {
-            args += " count";
+            // The auditor's instructions are not those that are asked for.
+            args =
+                args.split_ascii_whitespace().filter(|word| *word != "audit").collect::<Vec<_>>().join(" ") + " count";
         }
         if !chosen.parts.is_empty() {
             args += " test-hooks";

@@ -201,6 +201,7 @@ fn io_exit(vp: &mut Vp) {
             (false, true, _) => {
                 if shared.test_hooks && rax as u8 == b'S' {
                     counters::print(shared.ipis.count());
+                    vp.count_from_now();
                 }
                 0
             }

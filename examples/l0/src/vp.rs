@@ -441,6 +441,11 @@ impl Vp {
         }
     }
 
+    /// What L0 did since the guest left is not counted: it was about the counters.
+    pub fn count_from_now(&mut self) {
+        self.left_at = cpu::rdtsc();
+    }
+
     /// Commits the fault that was asked for, and tells the auditor what VMRUN is about to be told.
     fn audit_entry(&mut self, level: Level) {
         let (mutant, id) = (self.shared.mutant, self.id);
