@@ -32,24 +32,11 @@ use crate::shared::Shared;
 use crate::svm::SvmHost;
 use crate::trace;
 use hvcore::flush::LocalFlush;
-use nsvm::vmcb::bits::{DR7_RESET, Intercepts, efer, int_ctl, misc1, misc2};
+use nsvm::vmcb::bits::{DR7_RESET, Intercepts, efer, int_ctl};
 use nsvm::vmcb::{Segment, Vmcb};
 
 /// What exits of L1. Interrupts are passed through; so is HLT, which an NMI of L0 ends.
-const INTERCEPTS: Intercepts = Intercepts {
-    cr: 0,
-    dr: 0,
-    exceptions: 0,
-    misc1: misc1::NMI
-        | misc1::INIT
-        | misc1::CPUID
-        | misc1::INVLPGA
-        | misc1::IOIO_PROT
-        | misc1::MSR_PROT
-        | misc1::SHUTDOWN,
-    misc2: misc2::VMRUN | misc2::VMMCALL | misc2::VMLOAD | misc2::VMSAVE | misc2::STGI | misc2::CLGI | misc2::SKINIT,
-    misc3: 0,
-};
+const INTERCEPTS: Intercepts = Intercepts::OF_EMBEDDER;
 
 /// A segment of a VMCB.
 const fn segment(selector: u16, attrib: u16, limit: u32, base: u64) -> Segment {

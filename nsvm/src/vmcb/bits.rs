@@ -21,6 +21,29 @@ pub struct Intercepts {
 }
 
 impl Intercepts {
+    /// What an embedder intercepts while L1 runs, at least: SVM's instructions and MSRs, the Hyper-V interface, its kicks
+    /// (NMI), what would reset or stop the processor, and the ports and MSRs of its maps.
+    pub const OF_EMBEDDER: Self = Self {
+        cr: 0,
+        dr: 0,
+        exceptions: 0,
+        misc1: misc1::NMI
+            | misc1::INIT
+            | misc1::CPUID
+            | misc1::INVLPGA
+            | misc1::IOIO_PROT
+            | misc1::MSR_PROT
+            | misc1::SHUTDOWN,
+        misc2: misc2::VMRUN
+            | misc2::VMMCALL
+            | misc2::VMLOAD
+            | misc2::VMSAVE
+            | misc2::STGI
+            | misc2::CLGI
+            | misc2::SKINIT,
+        misc3: 0,
+    };
+
     /// What either of the two wants.
     #[inline]
     pub const fn union(self, other: Self) -> Self {

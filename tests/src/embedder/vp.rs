@@ -10,7 +10,7 @@ use hvcore::shadow::{PagePool, PageRecord, ShadowPage};
 use nsvm::asid::AsidPool;
 use nsvm::npt::{NptFormat, NptShadow};
 use nsvm::vmcb::Vmcb;
-use nsvm::vmcb::bits::{DR7_RESET, Intercepts, efer, misc1, misc2};
+use nsvm::vmcb::bits::{DR7_RESET, Intercepts, efer};
 use nsvm::{Code, EntryPlan, Gprs, IoMap, Machine, MergedMap, MsrMap, NestedSvm};
 use zerocopy::{FromZeros, IntoBytes};
 
@@ -28,20 +28,7 @@ pub const SHADOW_PAGES: usize = 8;
 pub const OWN_TSC_OFFSET: u64 = 0x1_0000_0000;
 
 /// What exits of L1.
-pub const INTERCEPTS: Intercepts = Intercepts {
-    cr: 0,
-    dr: 0,
-    exceptions: 0,
-    misc1: misc1::NMI
-        | misc1::INIT
-        | misc1::CPUID
-        | misc1::INVLPGA
-        | misc1::IOIO_PROT
-        | misc1::MSR_PROT
-        | misc1::SHUTDOWN,
-    misc2: misc2::VMRUN | misc2::VMMCALL | misc2::VMLOAD | misc2::VMSAVE | misc2::STGI | misc2::CLGI | misc2::SKINIT,
-    misc3: 0,
-};
+pub const INTERCEPTS: Intercepts = Intercepts::OF_EMBEDDER;
 
 /// General registers but RAX and RSP, numbered as instructions do.
 #[derive(Clone, Copy, Debug, Default)]
