@@ -56,6 +56,9 @@ pub enum L2Exit {
     Shutdown,
 }
 
+/// What the processor changes in the interrupt control.
+const CHANGEABLE: u64 = int_ctl::V_TPR | int_ctl::V_IRQ | int_ctl::V_GIF | int_ctl::V_NMI | int_ctl::V_NMI_MASK;
+
 impl NestedSvm {
     /// Deals with an exit of L2. VMCB02 has just run.
     ///
@@ -100,13 +103,17 @@ impl NestedSvm {
     /// Takes over what the processor changed in VMCB02's interrupt control.
     fn sync(&mut self, vmcb01: &mut Vmcb, vmcb02: &Vmcb) {
         let now = vmcb02.control.int_ctl;
+        if vmcb02.control.exit_int_info & Event::VALID == 0 {
+            self.injected = 0;
+        }
+        // What the processor changes there, and L1's V_TPR, most often are what they were.
+        if (now ^ self.control.int_ctl) & CHANGEABLE | (now ^ vmcb01.control.int_ctl) & int_ctl::V_TPR == 0 {
+            return;
+        }
         // V_TPR of VMCB01 is L1's CR8 for an embedder that masks interrupts itself; L2 shares it unless L1 masks.
         self.control.int_ctl = self.int_ctl_for_l1(now);
         if self.control.int_ctl & int_ctl::V_INTR_MASKING == 0 {
             vmcb01.control.int_ctl = vmcb01.control.int_ctl & !int_ctl::V_TPR | now & int_ctl::V_TPR;
-        }
-        if vmcb02.control.exit_int_info & Event::VALID == 0 {
-            self.injected = 0;
         }
     }
 

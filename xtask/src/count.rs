@@ -9,6 +9,6 @@ pub struct Count {
     pub name: String,
     /// How much.
     pub value: u64,
-    /// Of what: "instructions".
+    /// Of what: "instructions" or "exits".
     pub unit: &'static str,
 }

@@ -81,6 +81,8 @@ counters! {
     flush_spaces,
     /// Flushes (of either level) that had to wait for another processor.
     flush_waits,
+    /// Ticks of the TSC that flushes waited, from before the first poll to after the last.
+    flush_wait_ticks,
     /// Kicks that flushes sent.
     flush_kicks,
     /// Flushes that nobody had to be waited for.
@@ -98,6 +100,11 @@ static TABLE: [Counters; MAX_CPUS] = [const { Counters::new() }; MAX_CPUS];
 /// The counters of processor `cpu`.
 pub fn of(cpu: usize) -> &'static Counters {
     &TABLE[cpu % MAX_CPUS]
+}
+
+/// The sum over all processors of what `of` says.
+pub fn sum(of: impl Fn(&Counters) -> u64) -> u64 {
+    TABLE.iter().map(of).sum()
 }
 
 /// Prints the sums, and one line for each of `cpus` processors.

@@ -191,7 +191,7 @@ fn io_exit(vp: &mut Vp) {
     let own = (number..number.saturating_add(size as u16)).contains(&debug::PORT);
     if !string {
         let value = match (input, own, size) {
-            (true, true, _) => u32::MAX,
+            (true, true, _) => vp.latched,
             // SAFETY: L1 owns the port, and would have done this itself.
             (true, false, 1) => unsafe { port::inb(number) }.into(),
             // SAFETY: as above.
@@ -199,9 +199,8 @@ fn io_exit(vp: &mut Vp) {
             // SAFETY: as above.
             (true, false, _) => unsafe { port::inl(number) },
             (false, true, _) => {
-                if shared.test_hooks && rax as u8 == b'S' {
-                    counters::print(shared.ipis.count());
-                    vp.count_from_now();
+                if shared.test_hooks {
+                    test_hook(vp, rax as u8);
                 }
                 0
             }
@@ -221,6 +220,20 @@ fn io_exit(vp: &mut Vp) {
         }
     }
     vp.vmcb().complete_instruction(next);
+}
+
+/// What a test asks for by a letter: L0's counters printed, or one of them to be read from the port.
+fn test_hook(vp: &mut Vp, letter: u8) {
+    vp.latched = match letter {
+        b'S' => {
+            counters::print(vp.shared.ipis.count());
+            return vp.count_from_now();
+        }
+        b'w' => vp.counters.flush_wait_ticks.get(),
+        b'e' => counters::sum(|c| c.l1_exits.get() + c.l2_exits.get()),
+        b'v' => counters::sum(|c| c.l2_entries.get()),
+        _ => return,
+    } as u32;
 }
 
 /// L1 shut down (a triple fault): the machine resets, as it would without L0.

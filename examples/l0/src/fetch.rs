@@ -98,6 +98,14 @@ impl Paging {
     }
 }
 
+/// Bytes that a remembered walk leads to at least: as many as [`first_four`] reads.
+const HEAD: usize = 4;
+
+/// Bytes from the address to the end of its page.
+const fn room(address: u64) -> usize {
+    (0x1000 - (address & 0xfff)) as usize
+}
+
 /// Linear address of the next instruction of the guest in `vmcb`.
 #[inline]
 pub fn linear_rip(vmcb: &Vmcb) -> u64 {
@@ -139,7 +147,7 @@ struct Walk {
     /// Where overlays were when it was walked: their count of moves.
     overlays: Cell<u64>,
     path: [Cell<Step>; STEPS],
-    /// The instruction; all of [`MAX_LENGTH`] bytes are in its page. [`NO_CODE`]: nothing is remembered.
+    /// The instruction; [`HEAD`] bytes of it at least are in its page. [`NO_CODE`]: nothing is remembered.
     code: Cell<*const u8>,
 }
 
@@ -236,7 +244,7 @@ impl Fetch {
         let la = linear_rip(vmcb);
         let walk = self.walk_of(level, la);
         match walk.leads_to(la, &Paging::of(vmcb), self.memory.overlay_moves()) {
-            Some(code) if code != (&raw const NO_CODE).cast() => {
+            Some(code) if code != (&raw const NO_CODE).cast() && room(code as u64) >= MAX_LENGTH => {
                 copy_code(code, bytes);
                 MAX_LENGTH
             }
@@ -273,8 +281,11 @@ impl Fetch {
             recorder.entry(second(gpa, Access::Write)?, size)
         };
         let place = |la| second(paging.translate(la, entry)?, Access::Execute);
-        let in_page = (0x1000 - (la & 0xfff)) as usize;
+        let in_page = room(la);
         let Ok(at) = place(la) else { return 0 };
+        if let (HEAD.., true, Some(code)) = (in_page, recorder.whole.get(), self.memory.pointer(at, HEAD)) {
+            walk.remember(la, &paging, overlays, &recorder.path.borrow(), code);
+        }
         if in_page < MAX_LENGTH {
             let (first, rest) = bytes.split_at_mut(in_page);
             if self.memory.read(at, first).is_err() {
@@ -285,9 +296,6 @@ impl Fetch {
         }
         if self.memory.read(at, bytes).is_err() {
             return 0;
-        }
-        if let (true, Some(code)) = (recorder.whole.get(), self.memory.pointer(at, MAX_LENGTH)) {
-            walk.remember(la, &paging, overlays, &recorder.path.borrow(), code);
         }
         MAX_LENGTH
     }
@@ -311,7 +319,7 @@ impl nsvm::Code for Fetch {
 #[inline(always)]
 fn first_four(code: *const u8) -> u32 {
     let bytes: u32;
-    // SAFETY: as for `copy_code`.
+    // SAFETY: as for `copy_code`, for the four bytes that every remembered walk leads to.
     unsafe {
         core::arch::asm!(
             "mov {bytes:e}, [{code}]",
@@ -327,8 +335,9 @@ fn first_four(code: *const u8) -> u32 {
 #[inline]
 fn copy_code(code: *const u8, bytes: &mut [u8; MAX_LENGTH]) {
     let (low, high): (u64, u64);
-    // SAFETY: `code` points to 15 bytes of L1's RAM (the walk that found it checked that), mapped for good. The loads
-    // are the processor's own, so a guest's concurrent stores are no data race of the program's.
+    // SAFETY: `code` points to 15 bytes of L1's RAM, mapped for good: they are in one page (the caller saw that), which
+    // is RAM (the walk that found it checked that). The loads are the processor's own, so a guest's concurrent stores
+    // are no data race of the program's.
     unsafe {
         core::arch::asm!(
             "mov {low}, [{code}]",

@@ -154,6 +154,7 @@ impl Calls<'_> {
 }
 
 impl FlushVirtual for Calls<'_> {
+    #[inline(always)]
     fn flush_space(&mut self, target: &FlushTarget<'_>) -> Answer {
         if self.shared.audit {
             self.audit(target);
@@ -300,9 +301,11 @@ fn settle(shared: &Shared, shootdown: &mut Shootdown, posted: Posted, counters: 
         if shared.trace {
             trace::record(rt::cpu::current().index as usize, trace::Event::WaitBegins);
         }
+        let start = hw::cpu::rdtsc();
         while !shootdown.poll(shared.hyperv.domain.vps()) {
             hw::cpu::pause();
         }
+        counters.flush_wait_ticks.add(hw::cpu::rdtsc().wrapping_sub(start));
         if shared.trace {
             trace::record(rt::cpu::current().index as usize, trace::Event::WaitEnds);
         }

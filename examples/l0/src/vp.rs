@@ -77,6 +77,8 @@ pub struct Vp {
     turns: u64,
     /// When the guest left last, where instructions are counted.
     left_at: u64,
+    /// What L0's own port reads as.
+    pub latched: u32,
     /// What others sent this processor.
     inbox: Inbox<'static>,
     /// The nested state is churned.
@@ -144,6 +146,7 @@ impl Vp {
             counters: counters::of(id),
             turns: 0,
             left_at: cpu::rdtsc(),
+            latched: u32::MAX,
             inbox,
             churned: shared.churn != 0,
             observed: shared.observed,

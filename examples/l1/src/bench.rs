@@ -1,10 +1,13 @@
 //! Measurements: instructions between two RDTSCs in the guest, where one tick of the time stamp counter is one
 //! instruction (QEMU's `-icount shift=0`). `cargo xtask bench --nested svm` reads the lines that this prints.
 
+mod remote;
+
 use crate::guest::Guest;
 use crate::vmcb::{exit, misc1};
-use crate::{Failure, check, cpu_guest, frames, hyperv};
+use crate::{Failure, check, cpu_guest, frames, hyperv, smp};
 use core::arch::{asm, naked_asm};
+use core::fmt::Display;
 use hw::cpu::rdtsc;
 use tlfs_abi::flush::FlushFlags;
 use tlfs_abi::hypercall::{CallCode, HypercallInput};
@@ -17,6 +20,9 @@ type Samples = [u64; SAMPLES];
 /// Runs all measurements.
 pub fn run() -> Result<(), Failure> {
     let samples = buffer();
+    if smp::count() > 1 {
+        return remote::run(samples);
+    }
     l1_instruction(samples, || {
         core::hint::black_box(hw::cpu::cpuid(0x8000_0000, 0));
     });
@@ -32,7 +38,10 @@ pub fn run() -> Result<(), Failure> {
     round_trips(samples, serve_with_gif)?;
     report("nested.svm.l2_cpuid_roundtrip_gif", samples);
     match hyperv::needs_direct_flush() {
-        Ok(()) => flushes(samples),
+        Ok(()) => {
+            remote::run(samples)?;
+            flushes(samples)
+        }
         Err(_) => Ok(()),
     }
 }
@@ -46,13 +55,16 @@ fn flushes(samples: &mut Samples) -> Result<(), Failure> {
         unsafe { (assist as *mut u32).write_volatile(count) };
     };
     flush_samples(samples, assist, true, exit::HLT)?;
+    // Without targets there is nobody who could run or not.
     report("flush.svm.direct.running.0.instructions", samples);
+    report("flush.svm.direct.descheduled.0.instructions", samples);
     lock(1);
     flush_samples(samples, assist, true, exit::HV_ENLIGHTENED)?;
     report("flush.svm.synthetic.0.instructions", samples);
     lock(0);
     flush_samples(samples, assist, false, exit::VMMCALL)?;
     report("flush.svm.reflected.running.0.instructions", samples);
+    report("flush.svm.reflected.descheduled.0.instructions", samples);
     l1_instruction(samples, || {
         // SAFETY: a hypercall changes RAX and RCX.
         unsafe { asm!("vmmcall", inout("rcx") FLUSH => _, in("rdx") 0, in("r8") FLAGS, out("rax") _) };
@@ -115,54 +127,55 @@ fn flush_samples(samples: &mut Samples, assist: u64, direct: bool, served: u64) 
     check("the exit that ended the loop", guest.vmcb.exit_code(), exit::HLT)
 }
 
-/// The least that a hypervisor does about a flush call of the only processor: success, and on.
-///
-/// # Safety
-/// As [`serve`].
-unsafe fn serve_calls(guest: &mut Guest) {
-    // SAFETY: as `serve`.
-    unsafe {
-        asm!(
-            "push rbx",
-            "2:",
-            "vmrun rax",
-            "mov byte ptr [rax + 0x5c], 0",
-            "add qword ptr [rax + 0x578], 3",
-            "mov qword ptr [rax + 0x5f8], 0",
-            "cmp qword ptr [rax + 0x70], {call}",
-            "je 2b",
-            "pop rbx",
-            call = const exit::VMMCALL,
-            inout("rax") (&raw mut guest.vmcb) as u64 => _,
-            inout("rdi") guest.gprs.rdi => _,
-            out("rcx") _, out("rdx") _, out("rsi") _, out("r8") _, out("r9") _,
-        );
-    }
+/// A loop around VMRUN in which a hypervisor does the least: runs the guest, does `$act` with its VMCB at RAX, and goes
+/// on while the exit code is `$code`; ends at another exit.
+macro_rules! serve {
+    ($(#[$doc:meta])* $name:ident: $code:expr, $($act:literal),*) => {
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// GIF is clear, EFER.SVME set, the guest is this processor's.
+        unsafe fn $name(guest: &mut Guest) {
+            // SAFETY: the guest's general-purpose registers are given up as clobbers, but RBX, which is kept by hand.
+            unsafe {
+                asm!(
+                    "push rbx",
+                    "2:",
+                    "vmrun rax",
+                    $($act,)*
+                    "cmp dword ptr [rax + 0x70], {code}",
+                    "je 2b",
+                    "pop rbx",
+                    code = const $code as u32 as i32,
+                    inout("rax") (&raw mut guest.vmcb) as u64 => _,
+                    inout("rdi") guest.gprs.rdi => _,
+                    out("rcx") _, out("rdx") _, out("rsi") _, out("r8") _, out("r9") _,
+                );
+            }
+        }
+    };
 }
 
-/// Resumes after each synthetic exit.
-///
-/// # Safety
-/// As [`serve`].
-unsafe fn serve_synthetic(guest: &mut Guest) {
-    // SAFETY: as `serve`.
-    unsafe {
-        asm!(
-            "push rbx",
-            "mov ebx, {code}",
-            "2:",
-            "vmrun rax",
-            "mov byte ptr [rax + 0x5c], 0",
-            "cmp qword ptr [rax + 0x70], rbx",
-            "je 2b",
-            "pop rbx",
-            code = const exit::HV_ENLIGHTENED,
-            inout("rax") (&raw mut guest.vmcb) as u64 => _,
-            inout("rdi") guest.gprs.rdi => _,
-            out("rcx") _, out("rdx") _, out("rsi") _, out("r8") _, out("r9") _,
-        );
-    }
-}
+serve!(
+    /// A flush call of the only processor: success, and on.
+    serve_calls: exit::VMMCALL,
+    "mov byte ptr [rax + 0x5c], 0", "add qword ptr [rax + 0x578], 3", "mov qword ptr [rax + 0x5f8], 0"
+);
+serve!(
+    /// A synthetic exit: on.
+    serve_synthetic: exit::HV_ENLIGHTENED,
+    "mov byte ptr [rax + 0x5c], 0"
+);
+serve!(
+    /// CPUID: skipped.
+    serve: exit::CPUID,
+    "mov byte ptr [rax + 0x5c], 0", "add qword ptr [rax + 0x578], 2"
+);
+serve!(
+    /// CPUID: skipped, with a GIF window after each exit. Nothing is pending that the image could not take.
+    serve_with_gif: exit::CPUID,
+    "stgi", "mov byte ptr [rax + 0x5c], 0", "add qword ptr [rax + 0x578], 2", "clgi"
+);
 
 fn buffer() -> &'static mut Samples {
     let pages = size_of::<Samples>().div_ceil(4096) as u64;
@@ -218,58 +231,8 @@ fn round_trips(samples: &mut Samples, serve: unsafe fn(&mut Guest)) -> Result<()
     check("the exit that ended the loop", guest.vmcb.exit_code(), exit::HLT)
 }
 
-/// The least that a hypervisor does: skips each CPUID of the guest; ends at another exit.
-///
-/// # Safety
-/// GIF is clear, EFER.SVME set, the guest is this processor's.
-unsafe fn serve(guest: &mut Guest) {
-    // SAFETY: the guest's general-purpose registers are given up as clobbers, but RBX, which is kept by hand.
-    unsafe {
-        asm!(
-            "push rbx",
-            "2:",
-            "vmrun rax",
-            "mov byte ptr [rax + 0x5c], 0",
-            "add qword ptr [rax + 0x578], 2",
-            "cmp qword ptr [rax + 0x70], {cpuid}",
-            "je 2b",
-            "pop rbx",
-            cpuid = const exit::CPUID,
-            inout("rax") (&raw mut guest.vmcb) as u64 => _,
-            inout("rdi") guest.gprs.rdi => _,
-            out("rcx") _, out("rdx") _, out("rsi") _, out("r8") _, out("r9") _,
-        );
-    }
-}
-
-/// As [`serve`], with a GIF window after each exit.
-///
-/// # Safety
-/// As [`serve`].
-unsafe fn serve_with_gif(guest: &mut Guest) {
-    // SAFETY: as above; nothing is pending that the image could not take.
-    unsafe {
-        asm!(
-            "push rbx",
-            "2:",
-            "vmrun rax",
-            "stgi",
-            "mov byte ptr [rax + 0x5c], 0",
-            "add qword ptr [rax + 0x578], 2",
-            "clgi",
-            "cmp qword ptr [rax + 0x70], {cpuid}",
-            "je 2b",
-            "pop rbx",
-            cpuid = const exit::CPUID,
-            inout("rax") (&raw mut guest.vmcb) as u64 => _,
-            inout("rdi") guest.gprs.rdi => _,
-            out("rcx") _, out("rdx") _, out("rsi") _, out("r8") _, out("r9") _,
-        );
-    }
-}
-
 /// Prints `BENCH name minimum mode`.
-fn report(name: &str, samples: &mut Samples) {
+fn report(name: impl Display, samples: &mut Samples) {
     samples.sort_unstable();
     let (mut mode, mut most) = (samples[0], 0);
     for run in samples.chunk_by(|a, b| a == b) {

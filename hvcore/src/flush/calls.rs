@@ -77,7 +77,7 @@ impl<'h, 'a, const DEPTH: usize> FlushCalls<'h, 'a, DEPTH> {
 }
 
 impl<const DEPTH: usize> FlushVirtual for FlushCalls<'_, '_, DEPTH> {
-    #[inline]
+    #[inline(always)]
     fn flush_space(&mut self, target: &FlushTarget<'_>) -> Answer {
         let scope = if target.flags.non_global_only() { GvaScope::EverythingNonGlobal } else { GvaScope::Everything };
         self.flush(target, scope)

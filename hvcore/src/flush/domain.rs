@@ -170,18 +170,33 @@ impl<'a, const DEPTH: usize> FlushDomain<'a, DEPTH> {
         Job { vps: self.vps, fill, marks, scratch }
     }
 
-    #[inline]
+    /// Posts a request: in place when it is for everything, as it takes little then.
+    #[inline(always)]
     fn prepared<K>(&self, scope: GvaScope<'_>, targets: impl Targets<DEPTH>, scratch: &mut Shootdown) -> Posted
     where
         K: Kind<DEPTH, Queue = GvaQueue<DEPTH>>,
     {
-        let Marks { list, everything, non_global } = K::MARKS;
+        let Marks { everything, non_global, .. } = K::MARKS;
         let mark = match scope {
             GvaScope::Everything => everything,
             GvaScope::EverythingNonGlobal => non_global,
+            GvaScope::Ranges { .. } => return self.ranges::<K>(scope, targets, scratch),
+        };
+        targets.each::<K, _>(self.job(Nothing, mark | K::IPI, scratch));
+        scratch.posted()
+    }
+
+    #[inline(never)]
+    fn ranges<K>(&self, scope: GvaScope<'_>, targets: impl Targets<DEPTH>, scratch: &mut Shootdown) -> Posted
+    where
+        K: Kind<DEPTH, Queue = GvaQueue<DEPTH>>,
+    {
+        let Marks { list, everything, .. } = K::MARKS;
+        match scope {
+            GvaScope::Everything | GvaScope::EverythingNonGlobal => {}
             GvaScope::Ranges { format, entries: [entry] } => match pack(*entry, format) {
                 Packed::Nothing => return Posted::Done,
-                Packed::Everything => everything,
+                Packed::Everything => {}
                 Packed::Word(word) => {
                     targets.each::<K, _>(self.job(One(word), list | K::IPI, scratch));
                     return scratch.posted();
@@ -189,14 +204,14 @@ impl<'a, const DEPTH: usize> FlushDomain<'a, DEPTH> {
             },
             GvaScope::Ranges { format, entries } => match Prepared::<DEPTH>::new(entries, format) {
                 Prepared::Nothing => return Posted::Done,
-                Prepared::Everything => everything,
+                Prepared::Everything => {}
                 Prepared::Words(words) => {
                     targets.each::<K, _>(self.job(Many(words.as_slice()), list | K::IPI, scratch));
                     return scratch.posted();
                 }
             },
-        };
-        targets.each::<K, _>(self.job(Nothing, mark | K::IPI, scratch));
+        }
+        targets.each::<K, _>(self.job(Nothing, everything | K::IPI, scratch));
         scratch.posted()
     }
 }
@@ -292,7 +307,7 @@ impl<F, const DEPTH: usize> Job<'_, F, DEPTH> {
     }
 
     /// As [`word`](Self::word), for VPs other than the caller's.
-    #[inline]
+    #[inline(never)]
     fn others<K: Kind<DEPTH>>(&mut self, at: usize, word: u64, wanted: impl Fn(&VpFlush<DEPTH>) -> bool)
     where
         F: Fill<K::Queue>,
@@ -401,7 +416,7 @@ struct L1Targets<'t> {
 }
 
 impl<const DEPTH: usize> Targets<DEPTH> for L1Targets<'_> {
-    #[inline]
+    #[inline(always)]
     fn each<K: Kind<DEPTH>, F: Fill<K::Queue>>(&self, mut job: Job<'_, F, DEPTH>) {
         for (bank, known) in self.map.banks(self.set) {
             if let Some(slots) = self.map.slot_word(known) {
@@ -427,7 +442,7 @@ struct L2Targets<'t> {
 
 impl L2Targets<'_> {
     /// Asks the index for each VP_ID of the set.
-    #[inline]
+    #[inline(never)]
     fn named<const DEPTH: usize, K: Kind<DEPTH>, F: Fill<K::Queue>>(
         &self,
         set: SparseVpSet<'_>,
@@ -461,7 +476,7 @@ impl L2Targets<'_> {
 }
 
 impl<const DEPTH: usize> Targets<DEPTH> for L2Targets<'_> {
-    #[inline]
+    #[inline(always)]
     fn each<K: Kind<DEPTH>, F: Fill<K::Queue>>(&self, mut job: Job<'_, F, DEPTH>) {
         let vm = self.index.vm(self.vm_id);
         match *self.set {
