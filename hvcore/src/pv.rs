@@ -5,7 +5,7 @@
 //! before the VP runs again.
 //!
 //! Called by the embedder when it takes a VP off a physical CPU and puts it back, outside the guest; uses guest memory
-//! and the VP's [`LocalFlush`].
+//! and the VP's [`LocalFlush`]. Modelled in `tests/loom_pv.rs`.
 
 use crate::addr::{L1Gpa, Level};
 use crate::flush::LocalFlush;
