@@ -402,6 +402,8 @@ pub const SCENARIOS: &[Scenario] = &[
     // The smallest hypervisor: alone, and as L1.
     Scenario { name: "vmx-smallest-bare", args: "test=vmx", machine: BOCHS, ..BASE },
     Scenario { name: "vmx-smallest", image: "l0", args: "audit", modules: SMALLEST_L1, machine: BOCHS, ..BASE },
+    Scenario { name: "l0-boot-churn", image: "l0", args: "churn=7", modules: RUNTIME_AS_L1, cpus: 2, machine: BOCHS, ..BASE },
+    Scenario { name: "vmx-smallest-churn", image: "l0", args: "audit churn=7", modules: SMALLEST_L1, machine: BOCHS, ..BASE },
     Scenario { name: "vmx-smallest-plain", image: "l0", args: "audit enlighten=off", modules: SMALLEST_L1, machine: BOCHS, ..BASE },
     Scenario { name: "l0-boot-2-processors", image: "l0", modules: RUNTIME_AS_L1, cpus: 2, machine: BOCHS, ..BASE },
     Scenario { name: "l0-refuses-sse", image: "l0", modules: RUNTIME_AS_L1, sse: true, expect: Expect::GaveUp("built with SSE"), ..BASE },

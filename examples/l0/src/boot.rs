@@ -21,7 +21,7 @@ use crate::memory;
 use crate::memory::{FOUR_GIB, L1Memory, Range};
 use crate::mutant::Mutant;
 use crate::npt01::{self, Format, Npt01, TablePage};
-use crate::pages::{Pages, PagesPa};
+use crate::pages::{Pages, PagesPa, keep};
 use crate::relocate::{self, phys_of};
 use crate::say;
 use crate::shared::{Shared, Vendor};
@@ -271,7 +271,7 @@ fn run(id: usize) -> ! {
     unsafe { cpu::write_cr3(cpu::cr3()) };
     let svm = match &shared.vendor {
         Vendor::Svm(svm) => svm,
-        Vendor::Vmx(vmx) => run_vmx(id, shared, vmx),
+        Vendor::Vmx(_) => run_vmx(id),
     };
     let pa = PagesPa::at(phys_of(&raw const *pages));
     // SAFETY: long mode processors have NX; the nested tables use it, and the host's EFER decides whether they may.
@@ -295,15 +295,10 @@ fn run(id: usize) -> ! {
 }
 
 /// As [`run`], on VT-x.
-fn run_vmx(id: usize, shared: &'static Shared, host: &'static VmxHost) -> ! {
+fn run_vmx(id: usize) -> ! {
     // SAFETY: long mode processors have NX, and L0's own tables do without it.
     unsafe { msr::wrmsr(msr::EFER, msr::rdmsr(msr::EFER) | msr::EFER_NXE) };
-    // SAFETY: the runtime has loaded this processor's tables and TSS; `main` set the NMI handler.
-    let vp = unsafe { vmx::vp::Vp::new(id, shared, host) };
-    let mut vp = match vp {
-        Ok(vp) => vp,
-        Err(failure) => give_up(format_args!("{failure:?} on cpu {id}")),
-    };
+    let vp = new_vmx(id);
     if id == 0
         && let Some(start) = ENTRY.lock().take()
     {
@@ -313,7 +308,21 @@ fn run_vmx(id: usize, shared: &'static Shared, host: &'static VmxHost) -> ! {
         }
     }
     let failure = vp.run();
-    vmx::report::report(&mut vp, failure)
+    vmx::report::report(vp, failure)
+}
+
+/// The VP of this processor, on the heap: making it takes much of the stack, which is given back here.
+#[inline(never)]
+fn new_vmx(id: usize) -> &'static mut vmx::vp::Vp {
+    let Some(shared @ Shared { vendor: Vendor::Vmx(host), .. }) = SHARED.get() else {
+        give_up(format_args!("processor {id} started too early"));
+    };
+    // SAFETY: the runtime has loaded this processor's tables and TSS; `main` set the NMI handler; this is called once.
+    let vp = unsafe { vmx::vp::Vp::new(id, shared, host) };
+    match vp.and_then(keep) {
+        Ok(vp) => vp,
+        Err(failure) => give_up(format_args!("{failure:?} on cpu {id}")),
+    }
 }
 
 fn vp_pages(id: usize) -> Option<&'static mut Pages> {
