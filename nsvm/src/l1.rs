@@ -4,6 +4,7 @@ use hvcore::addr::Level;
 use hvcore::memory::{GuestMemory, MemoryError};
 
 use crate::exit_code;
+use crate::fault::Fault;
 use crate::insn::{self, Kind, Mode};
 use crate::machine::{Code, Gprs, Machine};
 use crate::msr::MsrAccess;
@@ -32,22 +33,6 @@ pub enum L1Exit {
     NotMine,
     /// L1 shuts down: its VMCB is gone.
     Shutdown,
-}
-
-/// An exception to be raised in place of the instruction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fault {
-    /// The vector.
-    pub vector: u8,
-    /// The error code, where the vector has one.
-    pub error_code: Option<u32>,
-}
-
-impl Fault {
-    /// #UD.
-    pub const UD: Self = Self { vector: 6, error_code: None };
-    /// #GP(0).
-    pub const GP: Self = Self { vector: 13, error_code: Some(0) };
 }
 
 /// An intercepted instruction, stepped over.

@@ -4,8 +4,9 @@ use hvcore::addr::{L1Gpa, L2Gpa, Level};
 use hvcore::memory::{Access, GuestMemory};
 
 use crate::exit_code;
+use crate::fault::Fault;
 use crate::insn::Kind;
-use crate::l1::{Fault, address, step, vmload, vmsave};
+use crate::l1::{address, step, vmload, vmsave};
 use crate::machine::{Code, Gprs, Machine};
 use crate::maps::Bits;
 use crate::msr::MsrAccess;

@@ -16,6 +16,7 @@ pub mod check;
 mod entry;
 mod events;
 pub mod exit_code;
+mod fault;
 pub mod insn;
 mod l1;
 mod l2;
@@ -32,7 +33,8 @@ mod vmrun;
 mod vnmi;
 
 pub use entry::{Entry, EntryPlan};
-pub use l1::{Fault, L1Exit};
+pub use fault::Fault;
+pub use l1::L1Exit;
 pub use l2::L2Exit;
 pub use machine::{Code, Gprs, IoMap, Machine, MergedMap, MsrMap};
 pub use state::{Context, NestedPaging, NestedSvm};

@@ -1,7 +1,7 @@
 //! The MSRs that SVM defines, and EFER, as L1 sees them (APM volume 2, section 15.30).
 
 use crate::caps::{Config, Features};
-use crate::l1::Fault;
+use crate::fault::Fault;
 use crate::machine::Gprs;
 use crate::state::{NestedSvm, Settled};
 use crate::vmcb::Vmcb;

@@ -17,9 +17,8 @@ use crate::events::Events;
 use crate::machine::Machine;
 use crate::msr::TSC_RATIO_RESERVED;
 use crate::state::{Context, NestedSvm};
-use crate::vmcb::bits::{Event, efer, int_ctl, int_state, np, tlb};
+use crate::vmcb::bits::{Event, TSC_RATIO_ONE, efer, int_ctl, int_state, np, tlb};
 use crate::vmcb::{Control, EnlightenedVmcbFields, Save, Vmcb};
-use crate::vmrun::TSC_RATIO_ONE;
 
 /// Version of [`SavedState`].
 pub const VERSION: u32 = 2;

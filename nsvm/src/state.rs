@@ -9,9 +9,8 @@ use crate::check::Refusal;
 use crate::events::Events;
 use crate::machine::MergedMap;
 use crate::maps::HotWords;
-use crate::vmcb::bits::{np, rflags};
+use crate::vmcb::bits::{TSC_RATIO_ONE, np, rflags};
 use crate::vmcb::{Control, EnlightenedVmcbFields, Save, Vmcb};
-use crate::vmrun::TSC_RATIO_ONE;
 
 /// What tells one nested context from another: entries made under one are no good for the other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -6,9 +6,9 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use hvcore::addr::L1Gpa;
 use hvcore::memory::{GuestMemory, MemoryError};
+use zerocopy::IntoBytes;
 
 use crate::vmcb::Save;
-use crate::vmrun::part;
 
 /// One page of L1's memory that L1 calls a VMCB.
 pub(crate) struct View<'a, M: ?Sized> {
@@ -65,4 +65,11 @@ impl<'a, M: GuestMemory + ?Sized> View<'a, M> {
     pub(crate) fn write_save<const FROM: usize, const TO: usize>(&self, save: &mut Save) -> Result<(), MemoryError> {
         self.write::<FROM>(part::<FROM, TO>(save))
     }
+}
+
+/// Bytes `FROM..TO` (offsets in the VMCB) of the state save area.
+#[inline(always)]
+fn part<const FROM: usize, const TO: usize>(save: &mut Save) -> &mut [u8] {
+    const { assert!(FROM >= 0x400 && TO > FROM && TO <= 0x400 + size_of::<Save>()) };
+    save.as_mut_bytes().get_mut(FROM.wrapping_sub(0x400)..TO.wrapping_sub(0x400)).unwrap_or_default()
 }

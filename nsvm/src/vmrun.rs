@@ -12,8 +12,10 @@ use crate::check::{self, Refusal};
 use crate::machine::Machine;
 use crate::state::{Context, NestedSvm, Settled};
 use crate::view::View;
-use crate::vmcb::bits::{Event, Intercepts, clean, cr4, int_ctl, int_state, misc1, misc2, np, rflags, tlb, virt_ext};
-use crate::vmcb::{Control, ENLIGHTENED_VMCB_OFFSET, EnlightenedVmcbFields, SAVE_OFFSET, Save, Vmcb};
+use crate::vmcb::bits::{
+    Event, Intercepts, TSC_RATIO_ONE, clean, cr4, int_ctl, int_state, misc1, misc2, np, rflags, tlb, virt_ext,
+};
+use crate::vmcb::{Control, ENLIGHTENED_VMCB_OFFSET, EnlightenedVmcbFields, SAVE_OFFSET, Vmcb};
 
 /// What L1's TLB_CONTROL asks of the translations that derive from L1's nested page tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,13 +46,6 @@ impl From<Refusal> for Failure {
     fn from(refusal: Refusal) -> Self {
         Self::Refused(refusal)
     }
-}
-
-/// Bytes `FROM..TO` (offsets in the VMCB) of the state save area.
-#[inline(always)]
-pub(crate) fn part<const FROM: usize, const TO: usize>(save: &mut Save) -> &mut [u8] {
-    const { assert!(FROM >= 0x400 && TO > FROM && TO <= 0x400 + size_of::<Save>()) };
-    save.as_mut_bytes().get_mut(FROM.wrapping_sub(0x400)..TO.wrapping_sub(0x400)).unwrap_or_default()
 }
 
 /// Clears what L1 was not offered, and reserved bits that VMRUN ignores.
@@ -314,9 +309,6 @@ impl NestedSvm {
         }
     }
 }
-
-/// TSC_RATIO after reset: one, in 8.32 fixed point.
-pub(crate) const TSC_RATIO_ONE: u64 = 1 << 32;
 
 /// The signed `offset` times `ratio` (8.32 fixed point).
 fn scale(offset: u64, ratio: u64) -> u64 {

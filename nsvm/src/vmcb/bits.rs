@@ -398,6 +398,8 @@ bit_consts! {
 pub const DR6_BS: u64 = 1 << 14;
 /// S_CET bits that exist: shadow stacks enabled, WRSS enabled.
 pub const S_CET_DEFINED: u64 = 3;
+/// TSC_RATIO after reset: one, in 8.32 fixed point.
+pub const TSC_RATIO_ONE: u64 = 1 << 32;
 /// DR7 after reset and after every #VMEXIT.
 pub const DR7_RESET: u64 = 0x400;
 
