@@ -152,12 +152,12 @@ struct Walk {
 }
 
 impl Walk {
-    const fn new() -> Self {
+    fn new() -> Self {
         Self {
             la: Cell::new(0),
             paging: Cell::new(Paging { cr0: 0, cr3: 0, cr4: 0, efer: 0 }),
             overlays: Cell::new(0),
-            path: [const { Cell::new((&NO_STEP, 0)) }; STEPS],
+            path: core::array::from_fn(|_| Cell::new((&NO_STEP, 0))),
             code: Cell::new((&raw const NO_CODE).cast()),
         }
     }
@@ -208,12 +208,12 @@ unsafe impl Send for Fetch {}
 
 impl Fetch {
     /// Nothing is remembered.
-    pub const fn new(memory: &'static L1Memory) -> Self {
+    pub fn new(memory: &'static L1Memory) -> Self {
         Self {
             memory,
             nested: Cell::new(None),
-            l1: [const { Walk::new() }; L1_WALKS],
-            l2: [const { Walk::new() }; L2_WALKS],
+            l1: core::array::from_fn(|_| Walk::new()),
+            l2: core::array::from_fn(|_| Walk::new()),
         }
     }
 

@@ -1,7 +1,7 @@
 //! Virtual machines with several processors, scheduled on this hypervisor's processors: the worked example of an L1
 //! that hands its guests' flushes to a Hyper-V-compatible host.
 //!
-//! [`run`] gives each L1 processor a run loop that takes any virtual processor that is ready, runs it for a time slice
+//! [`Machines::run`] gives each L1 processor a run loop that takes any virtual processor that is ready, runs it for a time slice
 //! (the local APIC's timer ends it) and puts it back, so that they are descheduled and migrate all the time. With
 //! [`Mode::Direct`] the host does the guests' flushes and this hypervisor never sees one; with [`Mode::Reflected`] it does
 //! them itself: marks the targets, interrupts those that run, and waits for these.
