@@ -436,6 +436,9 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { name: "audit-one-asid", image: "l0", args: "audit mutant=one-asid", modules: ASID_REUSE, expect: Expect::GaveUp("without a flush"), ..BASE },
     Scenario { name: "audit-drain-skipped", image: "l0", args: "audit mutant=drain-skipped", modules: FLUSH, cpus: 2, expect: Expect::GaveUp("audit:"), ..BASE },
     Scenario { name: "audit-no-kick", image: "l0", args: "audit mutant=no-kick", modules: FLUSH, cpus: 2, expect: Expect::GaveUp("runs on from before it"), ..BASE },
+    Scenario { name: "vmx-audit-one-vpid", image: "l0", args: "audit mutant=one-asid", modules: SMALLEST_L1, machine: BOCHS, expect: Expect::GaveUp("without a flush"), ..BASE },
+    Scenario { name: "vmx-audit-no-invvpid", image: "l0", args: "audit mutant=no-tlb-control churn=7", modules: SMALLEST_L1, machine: BOCHS, expect: Expect::GaveUp("audit:"), ..BASE },
+    Scenario { name: "vmx-audit-no-invept", image: "l0", args: "audit mutant=no-invept churn=7", modules: SMALLEST_L1, machine: BOCHS, expect: Expect::GaveUp("without a flush though entry"), ..BASE },
     Scenario { name: "panic", args: "test=panic", expect: Expect::Failure("as asked"), ..BASE },
 ];
 
