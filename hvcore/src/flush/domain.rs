@@ -233,7 +233,7 @@ impl<F, const DEPTH: usize> Job<'_, F, DEPTH> {
         F: Fill<K::Queue>,
     {
         let Some(vp) = self.vps.get(slot) else { return };
-        if !wanted(vp) || self.scratch.is_caller(slot) && self.spares_caller(vp) {
+        if !wanted(vp) {
             return;
         }
         match post_quick::<DEPTH, K, F>(vp, &self.fill, self.marks) {
@@ -241,6 +241,20 @@ impl<F, const DEPTH: usize> Job<'_, F, DEPTH> {
             Quick::Done(old) => self.judged::<K>(slot, vp, old),
             Quick::SlotTaken => self.behind::<K>(slot, vp),
             Quick::WordChanged => self.again::<K>(slot, vp),
+        }
+    }
+
+    /// As [`one`](Self::one), where there may be a caller to spare.
+    fn one_but_caller<K: Kind<DEPTH>>(&mut self, slot: usize, wanted: impl Fn(&VpFlush<DEPTH>) -> bool)
+    where
+        F: Fill<K::Queue>,
+    {
+        let spared = match self.vps.get(slot) {
+            Some(vp) if self.scratch.is_caller(slot) && wanted(vp) => self.spares_caller(vp),
+            _ => false,
+        };
+        if !spared {
+            self.one::<K>(slot, wanted);
         }
     }
 
@@ -300,14 +314,26 @@ impl<F, const DEPTH: usize> Job<'_, F, DEPTH> {
     where
         F: Fill<K::Queue>,
     {
+        if !self.scratch.has_caller() {
+            return self.others::<K>(at, word, wanted);
+        }
         let word = self.without_caller(at, word, &wanted);
         if word != 0 {
-            self.others::<K>(at, word, wanted);
+            self.others_seldom::<K>(at, word, wanted);
         }
     }
 
-    /// As [`word`](Self::word), for VPs other than the caller's.
+    /// As [`others`](Self::others), out of the way of a call that concerns its caller alone.
     #[inline(never)]
+    fn others_seldom<K: Kind<DEPTH>>(&mut self, at: usize, word: u64, wanted: impl Fn(&VpFlush<DEPTH>) -> bool)
+    where
+        F: Fill<K::Queue>,
+    {
+        self.others::<K>(at, word, wanted);
+    }
+
+    /// As [`word`](Self::word), for VPs other than the caller's.
+    #[inline]
     fn others<K: Kind<DEPTH>>(&mut self, at: usize, word: u64, wanted: impl Fn(&VpFlush<DEPTH>) -> bool)
     where
         F: Fill<K::Queue>,
@@ -426,7 +452,7 @@ impl<const DEPTH: usize> Targets<DEPTH> for L1Targets<'_> {
             for bit in Bits(known) {
                 let vp_index = bank.wrapping_mul(VPS_PER_BANK) | u32::from(bit);
                 if let Lookup::Known(slot) = self.map.lookup(vp_index) {
-                    job.one::<K>(slot.number(), |_| true);
+                    job.one_but_caller::<K>(slot.number(), |_| true);
                 }
             }
         }
@@ -442,22 +468,35 @@ struct L2Targets<'t> {
 
 impl L2Targets<'_> {
     /// Asks the index for each VP_ID of the set.
-    #[inline(never)]
+    #[inline]
     fn named<const DEPTH: usize, K: Kind<DEPTH>, F: Fill<K::Queue>>(
         &self,
         set: SparseVpSet<'_>,
         vm: VmIndex<'_>,
         job: &mut Job<'_, F, DEPTH>,
     ) {
-        for (bank, word) in set.iter_banks() {
-            for bit in Bits(word) {
-                let vp_id = bank.wrapping_mul(VPS_PER_BANK) | u32::from(bit);
-                vm.named(vp_id, |slot| job.one::<K>(usize::from(slot), |vp| vp.identity.is(self.vm_id, vp_id)));
-            }
+        // Two loops, so that who has no caller to spare does not pay for it at each target.
+        if job.scratch.has_caller() {
+            Self::look_up(set, vm, |slot, vp_id| {
+                job.one_but_caller::<K>(slot, |vp| vp.identity.is(self.vm_id, vp_id));
+            });
+        } else {
+            Self::look_up(set, vm, |slot, vp_id| job.one::<K>(slot, |vp| vp.identity.is(self.vm_id, vp_id)));
         }
         let overflow = self.index.overflow();
         if !overflow.is_empty() {
             self.scan::<DEPTH, K, F>(overflow, set, job);
+        }
+    }
+
+    /// Hands `each` the slots that may have a VP_ID of the set, and that VP_ID.
+    #[inline(always)]
+    fn look_up(set: SparseVpSet<'_>, vm: VmIndex<'_>, mut each: impl FnMut(usize, u32)) {
+        for (bank, word) in set.iter_banks() {
+            for bit in Bits(word) {
+                let vp_id = bank.wrapping_mul(VPS_PER_BANK) | u32::from(bit);
+                vm.named(vp_id, |slot| each(usize::from(slot), vp_id));
+            }
         }
     }
 

@@ -80,6 +80,12 @@ impl Shootdown {
         self.caller as usize
     }
 
+    /// True when the caller's own VP is to be spared.
+    #[inline]
+    pub(super) const fn has_caller(&self) -> bool {
+        self.caller != NOBODY
+    }
+
     /// True when `slot` is the caller's own.
     #[inline]
     pub(super) const fn is_caller(&self, slot: usize) -> bool {
