@@ -91,6 +91,8 @@ pub struct Counts {
     pub reflected: AtomicU64,
     /// Synthetic exits.
     pub synthetic: AtomicU64,
+    /// How many there were when the TLB had just been released.
+    pub at_release: AtomicU64,
     /// Time slices.
     pub slices: AtomicU64,
     /// Slices on another processor than the one before.
@@ -164,8 +166,14 @@ impl Machines {
         // SAFETY: as many as were written, and they stay.
         let slots = unsafe { core::slice::from_raw_parts(memory, count) };
         let zero = || AtomicU64::new(0);
-        let counts =
-            Counts { reflected: zero(), synthetic: zero(), slices: zero(), migrations: zero(), unexpected: zero() };
+        let counts = Counts {
+            reflected: zero(),
+            synthetic: zero(),
+            at_release: zero(),
+            slices: zero(),
+            migrations: zero(),
+            unexpected: zero(),
+        };
         Self { mode, slots, slice, release: None, counts }
     }
 
@@ -256,6 +264,8 @@ impl Machines {
                         && exits == after
                     {
                         vm.set_lock_count(0);
+                        let exits = self.counts.synthetic.load(Ordering::SeqCst);
+                        self.counts.at_release.store(exits, Ordering::Relaxed);
                     }
                     break;
                 }
