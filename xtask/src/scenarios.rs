@@ -211,6 +211,9 @@ const SVM: Scenario =
 
 const SMALL_L1: &[Module] = &[Module { content: Content::Image("l1"), args: "" }];
 
+/// Saving and restoring at every seventh exit, a storm takes long: a small one.
+const CHURNED_L1: &[Module] = &[Module { content: Content::Image("l1"), args: "storm=60" }];
+
 /// With several processors and direct flush there is nothing that may be skipped.
 const ALL_OF_IT: &[Module] = &[Module { content: Content::Image("l1"), args: "skip=no storm=20400" }];
 
@@ -413,7 +416,7 @@ pub const SCENARIOS: &[Scenario] = &[
     Scenario { modules: ALL_OF_IT, cpus: 4, timeout: 180, ..SVM },
     Scenario { machine: NO_VGIF, ..SVM },
     // Nested state goes through its saved form every seventh exit.
-    Scenario { name: "svm-churn", args: "churn=7 audit", cpus: 2, ..SVM },
+    Scenario { name: "svm-churn", args: "churn=7 audit", modules: CHURNED_L1, cpus: 2, ..SVM },
     // A timeline is recorded, and what became of it is checked.
     Scenario { name: "trace", image: "l0", args: "trace", modules: FLUSH, cpus: 3, ..BASE },
     Scenario { name: "svm-hostile-100000", image: "l0", args: "audit", modules: HOSTILE, timeout: 600, ..BASE },
