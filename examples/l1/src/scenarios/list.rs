@@ -1,5 +1,5 @@
-// Every scenario of this hypervisor, in the order in which they run: on which extension it runs (`svm`, `vmx`, or
-// `both`), its name, its function. This is the one list of them: `scenarios/mod.rs` and `cargo xtask qemu-test` include
+// Every scenario of this hypervisor, in the order in which they run: on which extension it runs (`svm`, `vmx`,
+// `both`, or `alone`: in no batch, it runs when it is named), its name, its function. This is the one list of them: `scenarios/mod.rs` and `cargo xtask qemu-test` include
 // it, each with a macro `scenarios` of its own.
 scenarios! {
     both "cpuid" => exits::cpuid;
@@ -52,7 +52,7 @@ scenarios! {
     both "flush-other-vm" => other_vm::keeps;
     svm "flush-lock-release" => storm::lock_release;
     svm "flush-storm" => storm::direct;
-    svm "flush-storm-reflected" => storm::reflected;
+    alone "flush-storm-reflected" => storm::reflected;
     vmx "vmx-failures" => vmx_instructions::failures;
     vmx "vmx-no-current-vmcs" => vmx_instructions::no_current_vmcs;
     vmx "vmx-faults" => vmx_instructions::faults;
